@@ -1,0 +1,1 @@
+"""One module per `depo` command; thin over the package."""
