@@ -1,0 +1,131 @@
+"""Put the DEPO call sites into a copy of OpenRLHF, check them, or take them out.
+
+  depo patch                   the installed OpenRLHF
+  depo patch --source DIR      a git checkout or editable install: the folder that holds openrlhf/
+  depo patch --target DIR      a patched copy DIR/openrlhf, to be put first on PYTHONPATH
+  depo patch --check           which copies are patched, and which one is imported from here
+  depo patch --revert          the original files again, byte for byte
+
+Patches that are in already stay in. All files are changed, or none. Exit status: 0 done (--check: the copy that is
+imported has the DEPO patch), 1 refused (--check: it has not), 2 wrong usage.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from depo_plugin.patching import Copy, PatchError, apply, imported_root, inspect, installed_root, revert, write_copy
+
+LAUNCH = "python -m openrlhf.cli.train_ppo_ray"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `depo patch`."""
+    parser.add_argument("--source", type=Path, metavar="DIR", help="folder that holds openrlhf/ (default: installed)")
+    parser.add_argument("--target", type=Path, metavar="DIR", help="write a patched copy DIR/openrlhf instead")
+    parser.add_argument("--cpu", action="store_true", help="also apply the patch that runs OpenRLHF without a GPU")
+    parser.add_argument("--no-seam", action="store_true", help="with --cpu: leave the DEPO call sites out")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="change nothing, say what is applied where")
+    what.add_argument("--revert", action="store_true", help="take out every patch (with --target: of that copy)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs `depo patch`; returns the exit status."""
+    if args.no_seam and not args.cpu:
+        return _usage("--no-seam leaves nothing to apply. Add --cpu.")
+    if args.cpu and (args.check or args.revert):
+        return _usage("--cpu and --no-seam say what to apply: leave them out with --check and --revert.")
+    try:
+        if args.check:
+            return _check([place.resolve() for place in (args.source, args.target) if place])
+        if args.revert:
+            return _revert(args)
+        return _apply(args)
+    except PatchError as err:
+        print(f"depo patch: {err}", file=sys.stderr)
+        return 1
+
+
+def _apply(args: argparse.Namespace) -> int:
+    wanted = ({"cpu"} if args.cpu else set()) | (set() if args.no_seam else {"depo"})
+    base = args.source.resolve() if args.source else installed_root()
+    if args.target:
+        root = args.target.resolve()
+        changed = write_copy(base, root, wanted)
+    else:
+        root = base
+        if args.no_seam and "depo" in (inspect(root).applied or ()):
+            raise PatchError(f"{root} has the DEPO patch, which --no-seam wants out. Run: depo patch --revert")
+        changed = apply(root, wanted)
+    print(_describe(root) + (f" ({len(changed)} files written)" if changed else " (already there, nothing to do)"))
+    if args.target:
+        print(f'to use this copy: export PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"')
+    else:
+        _warn_unless_imported(root)
+    return 0
+
+
+def _revert(args: argparse.Namespace) -> int:
+    root = args.target or args.source
+    root = root.resolve() if root else installed_root()
+    changed = revert(root)
+    print(
+        f"{root / 'openrlhf'}: " + (f"{len(changed)} files restored" if changed else "no patch in it, nothing to do")
+    )
+    return 0
+
+
+def _check(named: list[Path]) -> int:
+    imported, others = imported_root()
+    print(f"{LAUNCH} from here, with {sys.executable}, imports:")
+    print(f"  {_describe(imported)}" if imported else "  no openrlhf: none is installed or on PYTHONPATH")
+    others = [root for root in dict.fromkeys(others + named) if root != imported]
+    if others:
+        print("other copies:")
+    for root in others:
+        print(f"  {_describe(root)}")
+    if imported and _has_seam(imported):
+        return 0
+    for root in filter(_has_seam, others):
+        _warn_unless_imported(root)
+    return 1
+
+
+def _describe(root: Path) -> str:
+    """Path, release and patches of a copy, or what is wrong with it."""
+    try:
+        copy = inspect(root)
+    except PatchError as err:
+        return f"{root / 'openrlhf'}: {err}"
+    return f"{root / 'openrlhf'}: OpenRLHF {copy.release}, {_state(copy)}"
+
+
+def _state(copy: Copy) -> str:
+    if copy.applied is None:
+        return "PARTLY patched (a run was interrupted): run depo patch again to finish, depo patch --revert to undo"
+    return f"patches applied: {', '.join(copy.applied) or 'none'}"
+
+
+def _has_seam(root: Path) -> bool:
+    try:
+        return "depo" in (inspect(root).applied or ())
+    except PatchError:
+        return False
+
+
+def _warn_unless_imported(root: Path) -> None:
+    """Says so when a launch from here would not run the patched copy in `root`."""
+    imported, _ = imported_root()
+    if imported != root:
+        print(
+            f"warning: {LAUNCH} from here imports {imported / 'openrlhf' if imported else 'no openrlhf'}, not the "
+            f'patched {root / "openrlhf"}. Put that first: export PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}", '
+            "and do not start from a folder that has its own openrlhf/.",
+            file=sys.stderr,
+        )
+
+
+def _usage(text: str) -> int:
+    print(f"depo patch: {text}", file=sys.stderr)
+    return 2

@@ -1,0 +1,413 @@
+"""Every setting of DEPO, as one tree of dataclasses. Flags, YAML files, `depo config` and the docs derive from it.
+
+    default  <  YAML file (--depo.config)  <  flag            dataclass field == YAML key == --depo.<section>.<field>
+
+A value is read and checked in one place, whichever way it came. All faults are collected and raised at once, one
+line each: the flag, the value, what is allowed, the fix.
+"""
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from depo_plugin.kinds import (
+    FRACTION,
+    KAPPA,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RANGE,
+    SHARE,
+    SWITCH,
+    TEXT,
+    Kind,
+    choice,
+    integer,
+    or_none,
+)
+from depo_plugin.resources import resource_dir
+from depo_plugin.yaml_io import YamlError, dump, flag_value, read_file, show
+
+
+class ConfigError(ValueError):
+    """The settings cannot be used. `faults` holds every reason, one line each."""
+
+    def __init__(self, faults: list[str]):
+        super().__init__("\n".join(faults))
+        self.faults = faults
+
+
+def setting(default: Any, help: str, kind: Kind) -> Any:
+    """A dataclass field that carries its one-line help and what it may be."""
+    return field(default=default, metadata={"help": help, "kind": kind})
+
+
+@dataclass(frozen=True)
+class FilterConfig:
+    """Which prompts are rolled out."""
+
+    rule: str = setting(
+        "window", "keep by predicted pass rate (window) or by expected signal (utility)", choice("window", "utility")
+    )
+    low: float = setting(0.15, "window: lowest predicted pass rate that is kept", FRACTION)
+    high: float = setting(0.85, "window: highest predicted pass rate that is kept", FRACTION)
+    min_utility: float = setting(0.5, "utility: least chance that a group has any signal", FRACTION)
+    epsilon: float = setting(0.05, "exploration: chance that a rejected prompt is kept anyway", FRACTION)
+    warmup_steps: int = setting(20, "estimator updates during which every prompt is kept", integer(0))
+    max_scan: int = setting(4, "prompts scanned for one batch at most, in batches", integer(1))
+    budget: str = setting(
+        "steps", "an episode is as many steps as without DEPO (steps) or one pass (data)", choice("steps", "data")
+    )
+    expected_keep_rate: float = setting(1.0, "budget data: share of prompts kept, sizes the LR schedule", SHARE)
+
+
+@dataclass(frozen=True)
+class LabelsConfig:
+    """What the estimator learns from."""
+
+    reward_range: tuple[float, float] = setting((0.0, 1.0), "score of a wrong and of a right response", RANGE)
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """What becomes of OpenRLHF's advantages."""
+
+    base: str = setting(
+        "group_norm",
+        "OpenRLHF's estimator that computes the advantages",
+        choice("group_norm", "dr_grpo", "rloo", "reinforce_baseline"),
+    )
+    importance_rescale: bool = setting(False, "weight groups by (1/q) * kept/scanned, q: chance of being kept", SWITCH)
+    clip: float | None = setting(None, "upper bound of that weight", or_none(POSITIVE))
+
+
+@dataclass(frozen=True)
+class EstimatorConfig:
+    """The difficulty estimator: encoder, training, and where it runs."""
+
+    model: str | None = setting(None, "encoder, path or hub name (none: the bundled all-MiniLM-L6-v2)", or_none(TEXT))
+    max_length: int = setting(512, "tokens of a prompt that are read, counted from its end", integer(8))
+    lr: float = setting(2e-4, "learning rate of the heads", POSITIVE)
+    encoder_lr_ratio: float = setting(0.2, "the encoder's learning rate, as a multiple of lr", NOT_NEGATIVE)
+    weight_decay: float = setting(0.01, "AdamW's weight decay", NOT_NEGATIVE)
+    max_norm: float = setting(1.0, "gradient norm above which gradients are scaled down", POSITIVE)
+    w_distill: float = setting(0.5, "weight of the distillation loss", NOT_NEGATIVE)
+    w_rank: float = setting(3.0, "weight of the ranking loss", NOT_NEGATIVE)
+    rank_delta: float = setting(0.05, "difference in pass rate above which a pair is ranked", FRACTION)
+    rank_margin: float = setting(0.5, "ranking: wanted distance of the score logits", NOT_NEGATIVE)
+    micro_batch_size: int = setting(32, "prompts per forward pass", integer(1))
+    dtype: str = setting("fp32", "precision of computing (weights are always fp32)", choice("fp32", "bf16"))
+    num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
+    num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
+    timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
+    updates_per_step: int = setting(1, "estimator updates per training step", integer(1))
+
+
+@dataclass(frozen=True)
+class HistoryConfig:
+    """What is remembered of each prompt."""
+
+    kappa: float | str = setting("fit", "samples that the text is worth: fitted, inf (text only), or a number", KAPPA)
+    discount: float = setting(0.98, "evidence kept per estimator update since a prompt was last seen", SHARE)
+
+
+@dataclass(frozen=True)
+class DepoConfig:
+    """All settings; each part is given its own branch."""
+
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    history: HistoryConfig = field(default_factory=HistoryConfig)
+
+
+class Setting(NamedTuple):
+    """One leaf of the tree. key: "filter.low"."""
+
+    key: str
+    default: Any
+    kind: Kind
+    help: str
+
+    @property
+    def flag(self) -> str:
+        """Its spelling on the command line."""
+        return f"--depo.{self.key}"
+
+
+SECTIONS = {part.name: part.default_factory for part in fields(DepoConfig)}
+_ALL = (
+    Setting(f"{section}.{leaf.name}", leaf.default, leaf.metadata["kind"], leaf.metadata["help"])
+    for section, part in SECTIONS.items()
+    for leaf in fields(part)
+)
+SETTINGS = {leaf.key: leaf for leaf in _ALL}
+
+
+# Values in: every one is (value, source), source "" for a flag, else the name of the file.
+
+
+def load_config(yaml_path: str | None, overrides: Mapping[str, Any]) -> DepoConfig:
+    """Defaults, then the file, then `overrides` ("filter.low": 0.2), checked.
+
+    yaml_path: a file, the bare name of a shipped preset ("depo_paper"), or None. Raises ConfigError with all faults.
+    """
+    faults: list[str] = []
+    given: dict[str, tuple[Any, str]] = {}
+    if yaml_path is not None:
+        source = Path(yaml_path).name
+        try:
+            given.update({key: (value, source) for key, value in _leaves(_read(str(yaml_path)), source, faults)})
+        except YamlError as err:
+            faults.append(f"--depo.config {yaml_path}: {err}. Correct it there.")
+        except FileNotFoundError as err:
+            faults.append(f"--depo.config {yaml_path}: {err}")
+    faults += [_unknown_flag(f"--depo.{key}") for key in overrides if key not in SETTINGS]
+    given.update({key: (value, "") for key, value in overrides.items()})
+    return _build(given, faults)
+
+
+def from_dict(tree: Mapping[str, Any], source: str = "settings") -> DepoConfig:
+    """Settings from nested plain values, as to_dict gives them, checked; what is missing takes its default."""
+    faults: list[str] = []
+    given = {key: (value, source) for key, value in _leaves(tree, source, faults)}
+    return _build(given, faults)
+
+
+def _read(config: str) -> dict:
+    """The file at that path, else the shipped preset of that name."""
+    path = Path(config)
+    if path.exists() and not path.is_dir():  # so that a pipe will do
+        return read_file(path)
+    presets = {preset.stem: preset for preset in sorted(resource_dir("configs").glob("*.yaml"))}
+    if (name := config.removesuffix(".yaml")) in presets:
+        return read_file(presets[name])
+    raise FileNotFoundError(f"no such file. Give the path of a YAML file, or a preset: {', '.join(presets)}.")
+
+
+def _leaves(tree: Mapping, source: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
+    """The known leaves of a nested mapping; what is not known goes to `faults`."""
+    for section, part in tree.items():
+        if section not in SECTIONS:
+            near = difflib.get_close_matches(str(section), SECTIONS, n=1)
+            hint = f"Did you mean {near[0]}?" if near else f"A file sets {', '.join(SECTIONS)}; all else is a flag."
+            faults.append(f"{source}: {section}: unknown section. {hint}")
+        elif part is None:  # all its settings are commented out
+            continue
+        elif not isinstance(part, Mapping):
+            faults.append(f"{source}: {section} {show(part)}: must hold settings. Indent them below `{section}:`.")
+        else:
+            for name, value in part.items():
+                if (key := f"{section}.{name}") in SETTINGS:
+                    yield key, value
+                else:
+                    faults.append(f"{source}: {key}: unknown setting. {_suggest(key, '')}")
+
+
+def _suggest(key: str, prefix: str) -> str:
+    """What the writer of an unknown key most likely meant."""
+    leaf = key.rsplit(".", 1)[-1]
+    keys = {known.split(".")[1]: known for known in SETTINGS}
+    if leaf not in keys:
+        near = difflib.get_close_matches(key, SETTINGS, n=1) or difflib.get_close_matches(leaf, keys, n=1)
+        if not near:
+            return "`depo config` lists all settings."
+        leaf = near[0].rsplit(".", 1)[-1]
+    return f"Did you mean {prefix}{keys[leaf]}?"
+
+
+def _build(given: Mapping[str, tuple[Any, str]], faults: list[str]) -> DepoConfig:
+    """The settings, checked; adds to `faults` and raises them all."""
+    values, bad = {}, set()
+    for key, leaf in SETTINGS.items():
+        value, source = given.get(key, (leaf.default, "default"))
+        try:
+            values[key] = leaf.kind.read(value)
+        except (ValueError, TypeError, OverflowError):
+            bad.add(key)
+            values[key] = leaf.default
+            origin = f" ({source})" if source else ""
+            faults.append(f"{leaf.flag} {show(value)}{origin}: must be {leaf.kind.allowed}. {_fix(leaf, value)}")
+    cfg = _assemble(values.__getitem__)
+
+    def named(key: str) -> str:
+        source = given.get(key, (None, "default"))[1]
+        return f"--depo.{key} {show(values[key])}" + (f" ({source})" if source else "")
+
+    faults += [text for keys, text in _clashes(cfg, named) if not bad & set(keys)]
+    if faults:
+        raise ConfigError(faults)
+    return cfg
+
+
+def _fix(leaf: Setting, value: Any) -> str:
+    if isinstance(value, str):
+        try:
+            leaf.kind.read(flag_value(value))
+            return "Remove the quotes."
+        except (ValueError, TypeError, OverflowError):
+            pass
+        if near := difflib.get_close_matches(value, leaf.kind.choices, n=1):
+            return f"Did you mean {near[0]}?"
+    return f"The default is {show(leaf.default)}."
+
+
+def _clashes(cfg: DepoConfig, named: Callable[[str], str]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that do not go together: the keys involved, and the fault."""
+    keys = ("filter.low", "filter.high", "filter.rule")
+    if cfg.filter.rule == "window" and not cfg.filter.low < cfg.filter.high:
+        fix = "Lower it, or use --depo.filter.rule utility."
+        yield keys, f"{named('filter.low')}: must be below {named('filter.high')}. {fix}"
+    keys = ("filter.expected_keep_rate", "filter.budget")
+    if cfg.filter.budget == "steps" and cfg.filter.expected_keep_rate != 1:
+        fix = "Leave it at 1, or use --depo.filter.budget data."
+        yield keys, f"{named(keys[0])}: has no meaning with {named(keys[1])}. {fix}"
+    keys = ("advantage.importance_rescale", "advantage.base")
+    if cfg.advantage.importance_rescale and cfg.advantage.base == "reinforce_baseline":
+        fix = "Turn it off, or use --depo.advantage.base group_norm."
+        yield (
+            keys,
+            f"{named(keys[0])}: cannot go with {named(keys[1])}, which whitens the advantages afterwards. {fix}",
+        )
+    keys = ("advantage.clip", "advantage.importance_rescale")
+    if cfg.advantage.clip is not None and not cfg.advantage.importance_rescale:
+        fix = "Leave it at none, or add --depo.advantage.importance_rescale."
+        yield keys, f"{named(keys[0])}: bounds a weight that is off with {named(keys[1])}. {fix}"
+
+
+def conflicts(cfg: DepoConfig, args: Any) -> list[str]:
+    """What in OpenRLHF's own flags cannot go with DEPO, one line each.
+
+    args: OpenRLHF's arguments, nested (after `hierarchize`), before its own validation.
+    """
+    faults = []
+    group, batch = args.rollout.n_samples_per_prompt, args.rollout.batch_size
+    if group < 2:
+        faults.append(
+            f"--rollout.n_samples_per_prompt {group}: must be at least 2, for --depo.advantage.base "
+            f"{cfg.advantage.base} compares the responses to one prompt. Set it to 8, say."
+        )
+    if not (args.reward.remote_url or args.train.agent_func_path or args.reward.model_name_or_path):
+        faults.append(
+            "--reward.remote_url none: must be given, or there are no rewards to learn from. Set it to the file or "
+            "URL of a reward function, or set --train.agent_func_path or --reward.model_name_or_path."
+        )
+    if args.data.max_images_per_prompt > 0:
+        faults.append(
+            f"--data.max_images_per_prompt {args.data.max_images_per_prompt}: must be 0, for the difficulty estimator "
+            "reads text only. Train without images, or with another advantage estimator."
+        )
+    # In a shared placement group each model takes 0.2 of a GPU; the estimator has to fit into what is left of one.
+    tenants = [args.vllm.num_engines and not args.train.async_enable, args.algo.kl.init_coef > 0]
+    tenants.append(not (args.reward.remote_url or args.train.agent_func_path))
+    free = round(1 - 0.2 * (1 + sum(map(bool, tenants))), 1)
+    if args.train.colocate_all and cfg.estimator.num_gpus > free:
+        faults.append(
+            f"--depo.estimator.num_gpus {cfg.estimator.num_gpus}: must be at most {free} with --train.colocate_all, "
+            "where the other models take the rest of each GPU. Lower it; 0.1 is enough for a small encoder."
+        )
+    # With dynamic batches OpenRLHF rounds the optimizer steps of a batch down, here to none: it would roll out and
+    # never train. With fixed micro-batches it accumulates over several batches instead.
+    if args.train.dynamic_batch_enable and batch * group < args.train.batch_size:
+        faults.append(
+            f"--train.batch_size {args.train.batch_size}: must be at most {batch * group} with "
+            f"--train.dynamic_batch_enable, the responses of one batch (--rollout.batch_size {batch} * "
+            f"--rollout.n_samples_per_prompt {group}), or nothing is ever trained. Lower it, or raise those."
+        )
+    return faults
+
+
+# Flags.
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Register --depo.config and one flag per setting. A flag that is not given is None."""
+    group = parser.add_argument_group("DEPO", "with --advantage_estimator depo; `depo config` shows what holds")
+    group.add_argument(
+        "--depo.config", metavar="FILE", help="YAML file, or a shipped preset's name; flags win over it"
+    )
+    for leaf in SETTINGS.values():
+        text = f"{leaf.help} (default: {show(leaf.default)})"
+        options: dict[str, Any] = {"metavar": leaf.kind.metavar, "help": text.replace("%", "%%"), "type": flag_value}
+        if leaf.kind is SWITCH:
+            options |= {"nargs": "?", "const": True}
+        elif leaf.kind is RANGE:
+            options["nargs"] = 2
+        elif leaf.kind.metavar == TEXT.metavar:
+            options["type"] = str  # a folder may be called 2024
+        group.add_argument(leaf.flag, **options)
+
+
+def flag_names() -> list[str]:
+    """Every flag of DEPO."""
+    return ["--depo.config", *(leaf.flag for leaf in SETTINGS.values())]
+
+
+def _unknown_flag(flag: str) -> str:
+    return f"{flag}: unknown setting. {_suggest(flag.removeprefix('--depo').lstrip('._-'), '--depo.')}"
+
+
+def check_depo_flags(argv: list[str]) -> list[str]:
+    """One line for each --depo* in argv that is not spelled exactly as a flag; argparse would take abbreviations."""
+    known = set(flag_names())
+    flags = [word.split("=", 1)[0] for word in argv if word.startswith("--depo")]
+    return [_unknown_flag(flag) for flag in flags if flag not in known]
+
+
+def overrides_from_namespace(ns: Any) -> dict[str, Any]:
+    """The settings given as flags: key -> value.
+
+    ns: argparse's own namespace (flat, "depo.filter.low"), or `args.depo` of OpenRLHF's nested one.
+    """
+    given = {}
+    for key in SETTINGS:
+        section, name = key.split(".")
+        value = getattr(ns, f"depo.{key}", None)
+        if value is None:
+            value = getattr(getattr(ns, section, None), name, None)
+        if value is not None:
+            given[key] = value
+    return given
+
+
+# Values out.
+
+
+def _assemble(value_of: Callable[[str], Any]) -> DepoConfig:
+    parts = {
+        section: part(**{leaf.name: value_of(f"{section}.{leaf.name}") for leaf in fields(part)})
+        for section, part in SECTIONS.items()
+    }
+    return DepoConfig(**parts)
+
+
+def to_dict(cfg: DepoConfig) -> dict[str, dict[str, Any]]:
+    """Nested plain values, fit for JSON and YAML."""
+    return {
+        section: {name: list(value) if isinstance(value, tuple) else value for name, value in part.items()}
+        for section, part in asdict(cfg).items()
+    }
+
+
+def to_yaml(cfg: DepoConfig) -> str:
+    """A YAML file that gives `cfg`: every setting, with its help as a comment."""
+    lines = []
+    for section, part in to_dict(cfg).items():
+        lines += ["", f"{section}:"]
+        for name, value in part.items():
+            lines.append(f"{f'  {name}: {dump(value)}':<30}  # {SETTINGS[f'{section}.{name}'].help}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def to_namespace(cfg: DepoConfig) -> SimpleNamespace:
+    """Nested namespaces of plain values: what travels in OpenRLHF's args and unpickles without this package."""
+    return SimpleNamespace(**{section: SimpleNamespace(**part) for section, part in asdict(cfg).items()})
+
+
+def from_namespace(ns: Any) -> DepoConfig:
+    """The settings that to_namespace wrote; further attributes beside the sections are ignored."""
+    return _assemble(lambda key: getattr(getattr(ns, key.split(".")[0]), key.split(".")[1]))

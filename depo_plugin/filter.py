@@ -1,0 +1,120 @@
+"""Which prompts are worth a rollout: pure functions from a belief about each pass rate to a decision.
+
+Suffix B: one entry per candidate. A belief is Beta(a, b) over the pass rate p; p̂ = a / (a + b) is its mean.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from depo_plugin.config import FilterConfig
+
+
+class Reason(str, Enum):
+    """Why a candidate was kept or not; each is a counter among the metrics."""
+
+    WARMUP = "warmup"  # kept: the estimator has learned too little to be asked
+    PASSED = "passed"  # kept: the rule says yes
+    EXPLORED = "explored"  # kept although the rule says no, by chance ε
+    FORCED = "forced"  # kept although the rule says no, because too few passed to fill a batch
+    REJECTED = "rejected"  # not kept: the rule says no
+    UNSCORED = "unscored"  # kept: the estimator gave no usable score
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one candidate.
+
+    q: the probability with which a candidate of this belief is kept; in (0, 1] where keep is true.
+    """
+
+    keep: bool
+    q: float
+    reason: Reason
+
+
+_PASSED = Decision(True, 1.0, Reason.PASSED)
+_FORCED = Decision(True, 1.0, Reason.FORCED)
+_UNSCORED = Decision(True, 1.0, Reason.UNSCORED)
+_WARMUP = Decision(True, 1.0, Reason.WARMUP)
+
+
+def signal_probability(a_B: np.ndarray, b_B: np.ndarray, group_size: int) -> np.ndarray:
+    """Return V_B in [0, 1]: the chance that a group of `group_size` responses is not all wrong and not all right.
+
+    V(a, b) = 1 − Π_{i<G} (a+i)/(a+b+i) − Π_{i<G} (b+i)/(a+b+i), the expectation of u(p) = 1 − p^G − (1−p)^G over
+    Beta(a, b) (DESIGN, "The filter"). a, b >= 0 and a + b > 0, float64; NaN where they are not.
+    """
+    a_B, b_B = np.broadcast_arrays(np.asarray(a_B, np.float64), np.asarray(b_B, np.float64))
+    valid_B = _valid(a_B, b_B)
+    large_B1 = np.where(valid_B, np.maximum(a_B, b_B), 1.0)[..., None]
+    small_B1 = np.where(valid_B, np.minimum(a_B, b_B), 1.0)[..., None]
+    i_G = np.arange(group_size)
+    total_BG = large_B1 + small_B1 + i_G
+    # The likelier of the two extremes can be near 1: what it leaves is summed as a logarithm, or it would cancel.
+    not_all_likely_B = -np.expm1(np.log1p(-small_B1 / total_BG).sum(-1))
+    all_unlikely_B = ((small_B1 + i_G) / total_BG).prod(-1)
+    return np.where(valid_B, np.clip(not_all_likely_B - all_unlikely_B, 0.0, 1.0), np.nan)
+
+
+def _valid(a_B, b_B):
+    return np.isfinite(a_B) & np.isfinite(b_B) & (a_B >= 0) & (b_B >= 0) & (a_B + b_B > 0)
+
+
+def keep_window(a_B: np.ndarray, b_B: np.ndarray, cfg: FilterConfig, group_size: int) -> np.ndarray:
+    """Return bool (B,): low <= p̂ <= high (the paper's rule)."""
+    mean_B = a_B / (a_B + b_B)
+    return (cfg.low <= mean_B) & (mean_B <= cfg.high)
+
+
+def keep_utility(a_B: np.ndarray, b_B: np.ndarray, cfg: FilterConfig, group_size: int) -> np.ndarray:
+    """Return bool (B,): V >= min_utility."""
+    return signal_probability(a_B, b_B, group_size) >= cfg.min_utility
+
+
+RULES = {"window": keep_window, "utility": keep_utility}
+
+
+def decide(
+    a_B: np.ndarray, b_B: np.ndarray, cfg: FilterConfig, group_size: int, uniform_B: np.ndarray
+) -> list[Decision]:
+    """Return one Decision per candidate: kept by cfg.rule with q = 1, else kept by chance with q = cfg.epsilon.
+
+    uniform_B: each candidate's own draw from [0, 1), used only where the rule says no, so that no candidate's chance
+    depends on the others' scores. A belief that is not a Beta distribution (NaN, negative) is a fault of the
+    estimator, not a no: UNSCORED, kept.
+    """
+    a_B, b_B = np.asarray(a_B, np.float64), np.asarray(b_B, np.float64)
+    if not a_B.shape == b_B.shape == uniform_B.shape:
+        raise ValueError(f"decide: a {a_B.shape}, b {b_B.shape} and uniform {uniform_B.shape} must be of one length.")
+    valid_B = _valid(a_B, b_B)
+    passed_B = RULES[cfg.rule](np.where(valid_B, a_B, 1.0), np.where(valid_B, b_B, 1.0), cfg, group_size)
+    explored_B = uniform_B < cfg.epsilon
+    explored = Decision(True, cfg.epsilon, Reason.EXPLORED)
+    rejected = Decision(False, cfg.epsilon, Reason.REJECTED)
+    return [
+        _UNSCORED if not valid else _PASSED if passed else explored if lucky else rejected
+        for valid, passed, lucky in zip(valid_B.tolist(), passed_B.tolist(), explored_B.tolist(), strict=True)
+    ]
+
+
+def keep_all(count: int, reason: Reason) -> list[Decision]:
+    """Return `count` decisions to keep with q = 1: WARMUP, or UNSCORED where there are no scores to decide by."""
+    return [{Reason.WARMUP: _WARMUP, Reason.UNSCORED: _UNSCORED}[reason]] * count
+
+
+def fill_up(decisions: list[Decision], value_B: np.ndarray, missing: int) -> list[Decision]:
+    """Return the decisions with the `missing` best rejected ones by V turned into FORCED, q = 1.
+
+    value_B: V of each candidate, not read where it was kept. Of equal ones the first are taken.
+    """
+    filled = list(decisions)
+    rejected = np.array([i for i, decision in enumerate(decisions) if not decision.keep], int)
+    best = rejected[np.argsort(-np.asarray(value_B, np.float64)[rejected], kind="stable")]
+    for i in best[:missing]:
+        filled[i] = _FORCED
+    return filled

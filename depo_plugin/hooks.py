@@ -1,0 +1,298 @@
+"""What OpenRLHF calls: every line that the patches add is a call of a function here.
+
+One prompt, from pool to gradient (-> is a call, who waits for whom in brackets):
+
+    pool -> loader -> score -> keep? -> [rollout x G -> reward] -> observe -> [gradient] -> log
+            |         (waits at most estimator.timeout_s for       |
+            |          scores asked for one batch earlier)         (sent before the gradient, runs behind it,
+            '-- plans whole batches                                 its metrics are waited for in log)
+
+Driver: parse_args, resolve, start_estimator, check_attached. The process with the loader: wrap_loader, attach,
+reject. The process that trains: attach, load, check_rewards, observe, log, save. In synchronous training the last
+two are one process. All of them reach the estimator, a Ray actor, through remote.EstimatorHandle.
+
+Only this module's light parts run without `--advantage_estimator depo`; the rest is imported when DEPO is on.
+"""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from depo_plugin import config
+
+logger = logging.getLogger(__name__)
+
+# The sites that must report before the first rollout, with the file each runs from.
+SITES = {
+    "prepare_datasets": "trainer/ppo_trainer.py",
+    "BasePPOTrainer": "trainer/ppo_trainer.py",
+    "SamplesGenerator": "trainer/ppo_utils/samples_generator.py",
+}
+
+# What one process holds between two calls. driver_actor: the actor's owner; handle: the way to the estimator;
+# loader: this process's DifficultyFilteredLoader; rejected: labels of groups that dynamic filtering threw away.
+_process = SimpleNamespace(driver_actor=None, handle=None, loader=None, pending_metrics=None, dropped=0, warned=False)
+
+
+class SeamError(RuntimeError):
+    """A part of the run would go on without DEPO: a process imports an OpenRLHF that is not patched as the driver's."""
+
+
+# ── Driver: flags ──
+
+
+def parse_args(parser):
+    """Stand in for parser.parse_args(): add DEPO's flags, refuse unknown or abbreviated --depo.* ones.
+
+    Returns the flat namespace; exits with status 2 and one line per fault, as argparse does.
+    """
+    config.add_arguments(parser)
+    faults = config.check_depo_flags(sys.argv[1:])
+    if faults:
+        parser.error("\n".join(faults))
+    return parser.parse_args()
+
+
+def resolve(args) -> None:
+    """Settle args.depo right after hierarchize(): gone without DEPO, every effective setting with it.
+
+    With `depo`, the base advantage takes its place in algo.advantage.estimator, so that each of OpenRLHF's branches
+    and checks applies to it. Exits with status 2 and all faults at once where settings are impossible.
+    """
+    flags = args.depo
+    if args.algo.advantage.estimator != "depo":
+        ignored = sorted(config.overrides_from_namespace(flags))
+        if ignored or flags.config:
+            print(  # noqa: T201
+                f"[Warning] DEPO is off (--advantage_estimator {args.algo.advantage.estimator}), so these settings do "
+                f"nothing: {', '.join('--depo.' + key for key in [*ignored, *(['config'] if flags.config else [])])}"
+            )
+        del args.depo
+        return
+    try:
+        cfg = config.load_config(flags.config, config.overrides_from_namespace(flags))
+        faults = config.conflicts(cfg, args)
+    except config.ConfigError as error:
+        faults = [str(error)]
+    if faults:
+        print("DEPO: this launch cannot work as it is set:\n" + "\n".join(faults), file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+    args.depo = config.to_namespace(cfg)
+    args.depo.enabled = True
+    args.algo.advantage.estimator = cfg.advantage.base
+
+
+def enabled(args) -> bool:
+    """Return whether DEPO is on in this launch; every call site asks here."""
+    return getattr(getattr(args, "depo", None), "enabled", False)
+
+
+# ── Driver: start ──
+
+
+def _snapshot_root(args) -> str:
+    return os.path.join(os.path.abspath(args.ckpt.path), "depo")
+
+
+def start_estimator(strategy, placement_group) -> None:
+    """Start the estimator's actor before the trainer's; placement_group: the one everything shares, or None."""
+    from depo_plugin import remote
+
+    args = strategy.args
+    _process.driver_actor = remote.create(
+        args, args.rollout.n_samples_per_prompt, _snapshot_root(args), placement_group
+    )
+
+
+def _sha256(path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def attach(args, site: str, path: str) -> None:
+    """Report to the estimator that the hook at `site` runs in this process, from the OpenRLHF file `path`."""
+    import ray
+
+    report = {"site": site, "node": ray.util.get_node_ip_address(), "path": path, "sha256": _sha256(path)}
+    ray.get(_handle(args).actor.attach.remote(report))
+
+
+def check_attached(args, trainer) -> None:
+    """Stop the run before its first rollout where a process runs another OpenRLHF than the driver's patched one.
+
+    trainer: the PPOTrainer or PPOTrainerAsync actor, built. Raises SeamError naming site, node and path.
+    """
+    import ray
+
+    root = Path(importlib.util.find_spec("openrlhf").origin).parent
+    ray.get(trainer.get_max_steps.remote())  # its constructor, and with it every report, is done
+    reports = {report["site"]: report for report in ray.get(_process.driver_actor.reports.remote())}
+    faults = []
+    for site, file in SITES.items():
+        expected = _sha256(root / file)
+        report = reports.get(site)
+        if report is None:
+            faults.append(f"{site}: no report; {_describe(trainer)}")
+        elif report["sha256"] != expected:
+            faults.append(f"{site}: node {report['node']} runs {report['path']}, which differs from {root / file}")
+    if faults:
+        raise SeamError(
+            "DEPO is on, but not every process runs the patched OpenRLHF; the run would silently be plain "
+            f"{args.algo.advantage.estimator}.\n  " + "\n  ".join(faults) + "\nPatch every node the same way (`depo "
+            "patch`, then `depo patch --check` there), or put the patched copy on PYTHONPATH before `ray start`."
+        )
+
+
+def _describe(trainer) -> str:
+    """Say where the trainer's process finds OpenRLHF; asked only when a report is missing."""
+    import ray
+
+    def probe(actor):  # a nested function travels by value: the node may not have this package
+        import importlib.util
+
+        import ray
+
+        places = []
+        parts = [getattr(actor, name) for name in ("generator_actor", "trainer_actor") if hasattr(actor, name)]
+        if parts:
+            return "; ".join(ray.get([part.__ray_call__.remote(probe) for part in parts]))
+        for name in ("openrlhf", "depo_plugin"):
+            spec = importlib.util.find_spec(name)
+            places.append(f"{name} is {spec.origin if spec else 'not importable'}")
+        return f"on node {ray.util.get_node_ip_address()} " + " and ".join(places)
+
+    return ray.get(trainer.__ray_call__.remote(probe))
+
+
+# ── The process with the loader ──
+
+
+def _handle(args):
+    """Return this process's way to the estimator, made once."""
+    if _process.handle is None:
+        from depo_plugin import remote
+
+        _process.handle = remote.connect(args.depo.estimator.timeout_s)
+    return _process.handle
+
+
+def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
+    """Return the loader that draws only prompts worth a rollout, and the steps the schedule is made for.
+
+    prompts_dataloader: OpenRLHF's StatefulDataLoader of one prompt a batch; max_steps: OpenRLHF's; path: the calling
+    file. With budget `data` fewer steps are made, by expected_keep_rate.
+    """
+    from depo_plugin.loader import DifficultyFilteredLoader
+
+    attach(args, "prepare_datasets", path)
+    cfg = config.from_namespace(args.depo)
+    _process.loader = DifficultyFilteredLoader(
+        prompts_dataloader,
+        _handle(args),
+        cfg.filter,
+        batch_size=args.rollout.vllm_generate_batch_size,
+        group_size=args.rollout.n_samples_per_prompt,
+        seed=args.train.seed,
+        num_episodes=args.train.num_episodes,
+    )
+    if cfg.filter.budget == "data":
+        max_steps = max(1, int(max_steps * cfg.filter.expected_keep_rate))
+    return _process.loader, max_steps
+
+
+def reject(args, experiences) -> None:
+    """Take a group that dynamic filtering throws away: its label is still learned, its place is given back."""
+    from depo_plugin import labels
+
+    label = labels.from_rejected(experiences, args.depo.labels.reward_range)
+    if label is not None:
+        _handle(args).reject(label)
+    _process.loader.refund(1)
+
+
+# ── The process that trains ──
+
+
+def load(args, checkpoint_states: dict) -> None:
+    """Load the estimator's checkpoint that belongs to the one OpenRLHF resumed from (its `latest`)."""
+    if not checkpoint_states.get("global_step"):
+        return
+    import ray
+
+    tag = (Path(args.ckpt.path) / "_actor" / "latest").read_text().strip()
+    used = ray.get(_handle(args).actor.load.remote(tag))
+    if used is None:
+        logger.warning("DEPO: no estimator checkpoint for %s; the estimator starts from the beginning.", tag)
+    elif used != tag:
+        logger.warning("DEPO: estimator checkpoint %s is missing or damaged, %s is used instead.", tag, used)
+    else:
+        logger.info("DEPO: estimator resumed from %s", used)
+
+
+def check_rewards(args, rollout_samples) -> None:
+    """Stop before any gradient where a response has no reward although a reward function was to give one.
+
+    OpenRLHF logs the function's exception and leaves the reward None; a micro-batch with one None loses all its
+    rewards. Raises RuntimeError naming the reward function.
+    """
+    if not args.reward.remote_url:
+        return
+    missing = [sample for sample in rollout_samples if sample.rewards is None]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(rollout_samples)} responses have no reward: --reward.remote_url "
+            f"{args.reward.remote_url} raised or returned none (see 'Failed to fetch reward' in the rollout actors' "
+            f"log). First such prompt: {missing[0].prompts[0][:200]!r}. No gradient was taken from this batch."
+        )
+
+
+def observe(args, experiences, step: int) -> None:
+    """Send the step's groups to the estimator, to be learned behind the policy's training; weight their advantages.
+
+    experiences: after make_experience_batch, before balance_experiences; step: the step these rollouts train.
+    """
+    from depo_plugin import advantage, labels
+
+    group_size = args.rollout.n_samples_per_prompt
+    groups, dropped = labels.from_experiences(experiences, group_size, args.depo.labels.reward_range)
+    _check_range(args, groups, dropped, step)
+    if args.depo.advantage.importance_rescale:
+        advantage.rescale_from(_handle(args), experiences, group_size, args.depo.advantage.clip)
+    _process.dropped += dropped
+    _process.pending_metrics = _handle(args).observe(groups)
+
+
+def _check_range(args, groups, dropped, step):
+    if not dropped or _process.warned:
+        return
+    low, high = args.depo.labels.reward_range
+    message = f"{dropped} of {dropped + len(groups)} groups have scores outside --depo.labels.reward_range {low} {high}"
+    if not groups and step == 1:
+        raise RuntimeError(f"DEPO: {message}, in the whole first batch. Set the range your rewards are in.")
+    logger.warning("DEPO: %s (or not finite): they are not learned from. Set the range your rewards are in.", message)
+    _process.warned = True
+
+
+def log(args, status: dict, step: int) -> None:
+    """Add the step's depo/* metrics to OpenRLHF's status and to <ckpt.output_dir>/depo/metrics.jsonl."""
+    from depo_plugin.metrics import MetricsFile
+
+    handle = _handle(args)
+    metrics = handle.wait(_process.pending_metrics, handle.timeout_s) or {}
+    metrics["time_blocked"] = metrics.get("time_blocked", 0.0) + handle.take_blocked_s()
+    metrics["labels_dropped"] = _process.dropped
+    status.update({f"depo/{name}": value for name, value in metrics.items()})
+    row = {"step": step} | {k: v for k, v in status.items() if isinstance(v, int | float)}
+    MetricsFile(Path(args.ckpt.output_dir) / "depo" / "metrics.jsonl").append(row)
+
+
+def save(args, tag: str) -> None:
+    """Write the estimator's checkpoint <ckpt.path>/depo/<tag>, before OpenRLHF writes its own of that tag."""
+    actor_root = Path(args.ckpt.path) / "_actor"
+    live_tags = {folder.name for folder in actor_root.iterdir() if folder.is_dir()} if actor_root.exists() else set()
+    seconds = _handle(args).save(tag, live_tags)
+    if seconds is None:
+        logger.warning("DEPO: the estimator's checkpoint %s could not be written; training goes on.", tag)

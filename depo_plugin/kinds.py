@@ -1,0 +1,97 @@
+"""What a setting may be: each kind says it in words, and reads a YAML or flag value into the value that is stored."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Kind(NamedTuple):
+    """What a setting may be.
+
+    allowed: the same in words, after "must be". read: the value as given to the value as stored; ValueError or
+    TypeError or OverflowError where it is not allowed. metavar: its place in --help. choices: words among the values.
+    """
+
+    allowed: str
+    read: Callable[[Any], Any]
+    metavar: str | tuple[str, ...]
+    choices: tuple[str, ...] = ()
+
+
+def _check(ok: bool) -> None:
+    if not ok:
+        raise ValueError
+
+
+def number(allowed: str, accept: Callable[[float], bool]) -> Kind:
+    """A finite number that `accept` takes. A bool is an int to Python, never to us."""
+
+    def read(value: Any) -> float:
+        _check(isinstance(value, int | float) and not isinstance(value, bool))
+        _check(math.isfinite(value) and accept(value))
+        return float(value)
+
+    return Kind(allowed, read, "X")
+
+
+def integer(minimum: int) -> Kind:
+    """A whole number of at least `minimum`."""
+
+    def read(value: Any) -> int:
+        _check(isinstance(value, int) and not isinstance(value, bool) and value >= minimum)
+        return value
+
+    return Kind(f"a whole number of at least {minimum}", read, "N")
+
+
+def choice(*words: str) -> Kind:
+    """One of some words."""
+
+    def read(value: Any) -> str:
+        _check(isinstance(value, str) and value in words)
+        return value
+
+    return Kind(f"one of {', '.join(words)}", read, "{" + ",".join(words) + "}", words)
+
+
+def or_none(kind: Kind) -> Kind:
+    """The same, or None: null in YAML, none on the command line."""
+
+    def read(value: Any) -> Any:
+        return None if value is None or value in ("none", "null") else kind.read(value)
+
+    return Kind(f"{kind.allowed}, or none", read, kind.metavar, ("none",))
+
+
+def _read_switch(value: Any) -> bool:
+    _check(isinstance(value, bool))
+    return value
+
+
+def _read_text(value: Any) -> str:
+    _check(isinstance(value, str) and bool(value.strip()))
+    return value
+
+
+def _read_range(value: Any) -> tuple[float, float]:
+    _check(isinstance(value, list | tuple) and len(value) == 2)
+    low, high = (_FINITE.read(bound) for bound in value)
+    _check(low < high)
+    return low, high
+
+
+def _read_kappa(value: Any) -> float | str:
+    if value in ("fit", "inf"):
+        return value
+    return "inf" if value == math.inf else POSITIVE.read(value)  # YAML's own spelling is .inf
+
+
+_FINITE = number("a number", lambda x: True)
+FRACTION = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
+SHARE = number("a number above 0, up to 1", lambda x: 0 < x <= 1)
+POSITIVE = number("a number above 0", lambda x: x > 0)
+NOT_NEGATIVE = number("a number of at least 0", lambda x: x >= 0)
+SWITCH = Kind("true or false", _read_switch, "true|false")
+TEXT = Kind("a path or a hub name", _read_text, "PATH")
+RANGE = Kind("two numbers LO HI, LO below HI", _read_range, ("LO", "HI"))
+KAPPA = Kind("fit, inf, or a number above 0", _read_kappa, "{fit,inf,X}", ("fit", "inf"))

@@ -1,0 +1,113 @@
+"""What is logged each step: names with units, how well predictions matched outcomes, and the JSON-lines file.
+
+Suffix: B = groups of one step.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+# Every metric the estimator returns, without its prefix "depo/". One that is undefined in a step (no prompt was
+# scanned, one class only) is left out of that step, so that no logger ever meets a NaN.
+NAMES = {
+    "scanned": "prompts scored to plan the batches that this step's groups come from",
+    "kept": "groups of this step that were planned by the filter",
+    "explored": "of these, kept although the rule rejected them (exploration)",
+    "forced": "of these, taken to fill the batch up",
+    "unscored": "of these, kept because the estimator gave no score",
+    "keep_rate": "kept / scanned",
+    "effective_ratio": "groups with non-zero advantage / groups",
+    "effective_gain": "effective_ratio / estimated effective ratio of the unfiltered stream",
+    "rollouts_saved": "total of responses that dynamic sampling would have paid more for the same effective groups",
+    "distinct": "total of distinct prompts trained",
+    "reward_unfiltered": "estimated mean pass rate of the unfiltered stream, in [0, 1]",
+    "kappa": "samples that the text's prediction is worth",
+    "pred_mean": "mean predicted pass rate when the decision was made",
+    "target_mean": "mean observed pass rate",
+    "mae": "mean |predicted - observed| pass rate",
+    "brier": "mean (predicted - observed)^2",
+    "zero_auc": "AUC of (1 - V) for groups without any signal",
+    "spearman": "rank correlation of predicted and observed pass rate",
+    "loss": "estimator's loss, summed with its weights",
+    "loss_score": "BCE of predicted and observed pass rate",
+    "loss_distill": "BCE of predicted and observed confidence of the policy",
+    "loss_rank": "pairwise ranking loss",
+    "grad_norm": "norm of the estimator's gradient before clipping",
+    "updates": "total of steps the estimator has learned from",
+    "empty_steps": "total of steps without a label to learn from",
+    "unmatched": "groups of this step whose decision was not on record (weight 1)",
+    "time_score": "seconds spent scoring since the last step",
+    "time_update": "seconds the update took",
+    "time_blocked": "seconds that training waited for the estimator",
+}
+
+
+def _ranks(x_B: np.ndarray) -> np.ndarray:
+    """Return the ranks 1..B of x_B, ties sharing their mean rank."""
+    _, inverse, counts = np.unique(x_B, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def auc(score_B: np.ndarray, positive_B: np.ndarray) -> float | None:
+    """Return P(score of a positive > score of a negative), ties counting half; None where one class is empty.
+
+    Source: the Mann-Whitney U statistic, U = R₊ − n₊(n₊ + 1)/2, AUC = U / (n₊·n₋), R₊ the positives' rank sum.
+    """
+    positive_B = np.asarray(positive_B, bool)
+    n_positive = int(positive_B.sum())
+    n_negative = positive_B.size - n_positive
+    if not n_positive or not n_negative:
+        return None
+    rank_sum = _ranks(np.asarray(score_B, np.float64))[positive_B].sum()
+    return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+
+
+def brier(p_B: np.ndarray, y_B: np.ndarray) -> float:
+    """Return the mean of (p − y)²; p, y in [0, 1], B ≥ 1."""
+    return float(np.mean((np.asarray(p_B, np.float64) - np.asarray(y_B, np.float64)) ** 2))
+
+
+def spearman(x_B: np.ndarray, y_B: np.ndarray) -> float | None:
+    """Return the rank correlation in [-1, 1]; None where either side is constant."""
+    x, y = (_ranks(np.asarray(v, np.float64)) for v in (x_B, y_B))
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float(x @ x) * float(y @ y)) if x.size else 0.0
+    return float(x @ y) / scale if scale > 0 else None
+
+
+def prediction_metrics(p_B: np.ndarray, v_B: np.ndarray, y_B: np.ndarray, signal_B: np.ndarray) -> dict[str, float]:
+    """Compare what was predicted before learning with what came; undefined ones are left out.
+
+    p_B: predicted pass rates; v_B: predicted chances of any signal; y_B: observed pass rates, all in [0, 1];
+    signal_B: whether the group's rewards differed. B ≥ 1.
+    """
+    found = {
+        "pred_mean": float(np.mean(p_B)),
+        "target_mean": float(np.mean(y_B)),
+        "mae": float(np.mean(np.abs(p_B - y_B))),
+        "brier": brier(p_B, y_B),
+        "zero_auc": auc(1 - v_B, ~np.asarray(signal_B, bool)),
+        "spearman": spearman(p_B, y_B),
+        "effective_ratio": float(np.mean(signal_B)),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class MetricsFile:
+    """A file of one JSON object per line; each append is on its way to the disk when it returns."""
+
+    def __init__(self, path: Path):
+        """Take the path; folder and file are made by the first append."""
+        self.path = Path(path)
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add one line. Values that are not finite become null, which JSON has and NaN is not."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()

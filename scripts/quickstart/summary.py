@@ -1,0 +1,145 @@
+"""What a quickstart run did: five lines and a picture, from steps.jsonl and rollouts.jsonl of its folder."""
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+
+USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a JSONL file."""
+    with path.open() as lines:
+        return [json.loads(line) for line in lines]
+
+
+def eval_pass_rate(metrics: dict) -> float:
+    """Return the mean pass@1 over OpenRLHF's evaluation levels (eval_<datasource>_pass1)."""
+    return fmean(value for name, value in metrics.items() if name.endswith("_pass1"))
+
+
+def problem_of(prompt: str) -> str:
+    """Return the problem inside a prompt, without the chat template."""
+    turn = USER_TURN.search(prompt)
+    return turn[1] if turn else prompt
+
+
+def training_groups(out: Path, group_size: int) -> list[list[float]]:
+    """Return the rewards of every group that was rolled out for training, in order of completion."""
+    held_out = {row["input"] for row in read_rows(out / "data" / "eval.jsonl")}
+    open_groups, groups = defaultdict(list), []
+    for row in read_rows(out / "rollouts.jsonl"):
+        problem = problem_of(row["prompt"])
+        if problem in held_out:
+            continue
+        open_groups[problem].append(row["reward"])
+        if len(open_groups[problem]) == group_size:
+            groups.append(open_groups.pop(problem))
+    return groups
+
+
+def has_signal(rewards: list[float]) -> bool:
+    """Return whether a group's rewards differ."""
+    return max(rewards) > min(rewards)
+
+
+def _percent(values) -> str:
+    values = list(values)
+    return f"{fmean(values):.0%}" if values else "-"
+
+
+def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[str]:
+    """Return the five lines of the summary."""
+    rows = read_rows(out / "steps.jsonl")
+    steps = [row for row in rows if "eval" not in row]
+    evals = [eval_pass_rate(row["eval"]) for row in rows if "eval" in row]
+    groups = training_groups(out, group_size)
+    ratio = f"{fmean(map(has_signal, groups)):.0%}"
+    if method == "depo":
+        before, after = steps[:warmup_steps], steps[warmup_steps:]
+        kept = f"{_percent(row['depo/keep_rate'] for row in before)} in warm-up, " + (
+            f"{_percent(row['depo/keep_rate'] for row in after)} after"
+        )
+        unfiltered = [row["depo/effective_ratio"] / row["depo/effective_gain"] for row in after]
+        ratio = f"{_percent(row['depo/effective_ratio'] for row in after)} with the filter, " + (
+            f"{_percent(unfiltered)} without (estimated on the same stream)"
+        )
+        more = f"{steps[-1]['depo/rollouts_saved']:.0f} beside the {len(groups) * group_size} made"
+        rates = [row["depo/reward_unfiltered"] for row in steps]
+    else:
+        kept = "100% (no filter before the rollout)"
+        trained = sum(row["rollout/num_samples"] for row in steps)
+        more = f"{len(groups) * group_size - trained:.0f} thrown away after they were made, {trained:.0f} trained on"
+        rates = [row["rollout/reward_mean"] for row in steps]
+    ends = max(1, len(rates) // 8)
+    held_out = f"; held-out problems {evals[0]:.3f} -> {evals[-1]:.3f}" if evals else ""
+    return [
+        f"steps                  {len(steps)}, median {sorted(r['timing/step_total'] for r in steps)[len(steps) // 2]:.1f} s",
+        f"keep rate              {kept}",
+        f"groups with signal     {ratio}",
+        f"{'dynamic would pay more' if method == 'depo' else 'rollouts              '} {more}",
+        f"pass rate, first/last  {fmean(rates[:ends]):.3f} -> {fmean(rates[-ends:]):.3f} in training{held_out}",
+    ]
+
+
+def draw(out: Path, method: str, group_size: int) -> Path:
+    """Draw the run's curves into report.png; return its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_rows(out / "steps.jsonl")
+    steps = [row for row in rows if "eval" not in row]
+    evals = [row for row in rows if "eval" in row]
+    x = [row["step"] for row in steps]
+    figure, (signal, reward, error) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    if method == "depo":
+        unfiltered = [row["depo/effective_ratio"] / row["depo/effective_gain"] for row in steps]
+        signal.plot(x, unfiltered, "--", color="gray", label="without the filter (estimated)")
+        signal.plot(x, [row["depo/effective_ratio"] for row in steps], label="groups with signal")
+        signal.plot(x, [row["depo/keep_rate"] for row in steps], label="keep rate")
+        reward.plot(x, [row["depo/reward_unfiltered"] for row in steps], label="training, unfiltered stream")
+        error.plot(x, [row["depo/mae"] for row in steps], label="mean absolute error")
+        error.plot(x, [row.get("depo/spearman", float("nan")) for row in steps], label="rank correlation")
+        error.set_title("predicted against measured pass rate")
+        error.legend()
+    else:
+        groups = [has_signal(group) for group in training_groups(out, group_size)]
+        size = max(1, len(groups) // len(x))
+        shares = [fmean(groups[i * size : (i + 1) * size]) for i in range(len(x))]
+        signal.plot(x, shares, label="groups with signal")
+        error.set_visible(False)
+    reward.plot(x, [row["rollout/reward_mean"] for row in steps], alpha=0.5, label="training, as trained on")
+    if evals:
+        reward.plot([r["step"] for r in evals], [eval_pass_rate(r["eval"]) for r in evals], "o-", label="held out")
+    signal.set(title="share of groups", ylim=(0, 1.05), xlabel="step")
+    reward.set(title="pass rate", ylim=(0, 1.05), xlabel="step")
+    error.set_xlabel("step")
+    signal.legend()
+    reward.legend()
+    path = out / "report.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def report(out: Path, method: str, warmup_steps: int, group_size: int) -> None:
+    """Print the five lines and the paths of what to look at."""
+    print()
+    print("\n".join(lines(out, method, warmup_steps, group_size)))
+    print(f"\nreport   {draw(out, method, group_size)}")
+    if method == "depo":
+        print(f"metrics  {out / 'model' / 'depo' / 'metrics.jsonl'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--method", default="depo")
+    parser.add_argument("--warmup-steps", type=int, default=6)
+    parser.add_argument("--group-size", type=int, default=8)
+    options = parser.parse_args()
+    report(options.out, options.method, options.warmup_steps, options.group_size)

@@ -1,0 +1,124 @@
+"""Write the quickstart's arithmetic ladder as JSONL files for OpenRLHF: `python tasks.py --out DIR`.
+
+Each line has `input` (the prompt), `label` (the answer) and `datasource` (the level):
+    {"input": "47 + 85 =", "label": "132", "datasource": "add-2digit"}
+
+A level is an operation and the digits of its operands, so its difficulty can be read off the text. About a third of
+the problems are easy for the model in `tiny/`, a third are out of its reach, and a third lie between: most groups
+of an unfiltered batch teach nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+EVAL_SHARE = 0.1  # of all problems there are; the other nine tenths are for training
+
+
+@dataclass(frozen=True)
+class Level:
+    """A kind of problem, for example Level("add-3digit", "+", (3, 3), 1) for "123 + 456 ="."""
+
+    name: str  # goes into `datasource`
+    op: str  # "+", "-" or "*"
+    digits: tuple[int, ...]  # of each operand
+    weight: int  # relative share of the data set
+
+
+EASY = (Level("add-2digit", "+", (2, 2), 2), Level("sub-2digit", "-", (2, 2), 2))
+MIDDLE = (
+    Level("add-3digit", "+", (3, 3), 1),
+    Level("sub-3digit", "-", (3, 3), 1),
+    Level("add-3terms", "+", (2, 2, 2), 1),
+    Level("add-4digit", "+", (4, 4), 1),
+)
+HOPELESS = (Level("mul-3digit", "*", (3, 3), 2), Level("mul-4digit", "*", (4, 4), 2))
+LEVELS = EASY + MIDDLE + HOPELESS
+
+_APPLY = {"+": sum, "*": math.prod, "-": lambda operands: operands[0] - sum(operands[1:])}
+
+
+def draw(level: Level, rng: random.Random) -> list[int]:
+    """Draw the operands of one problem, uniform over their digits; a difference is never negative."""
+    operands = [rng.randrange(10 ** (d - 1), 10**d) for d in level.digits]
+    return sorted(operands, reverse=True) if level.op == "-" else operands
+
+
+def prompt_of(level: Level, operands: list[int]) -> str:
+    """Return the problem as the policy sees it: "47 + 85 ="."""
+    return f" {level.op} ".join(map(str, operands)) + " ="
+
+
+def answer_of(level: Level, operands: list[int]) -> str:
+    """Return the right answer in decimal digits."""
+    return str(_APPLY[level.op](operands))
+
+
+def is_eval(level: Level, operands: list[int]) -> bool:
+    """Say whether a problem belongs to the evaluation split, whatever the seed.
+
+    A hash of the problem decides, so no seed, size or run can leak one into the other; operands are sorted first, so
+    that 47 + 85 and 85 + 47 fall on the same side.
+    """
+    digest = hashlib.blake2b(f"{level.op}{sorted(operands)}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < EVAL_SHARE
+
+
+def draw_in_split(level: Level, rng: random.Random, *, evaluation: bool) -> list[int]:
+    """Draw operands until they fall into the split asked for."""
+    while True:
+        operands = draw(level, rng)
+        if is_eval(level, operands) == evaluation:
+            return operands
+
+
+def quotas(count: int) -> list[int]:
+    """Share `count` problems out over LEVELS by weight; they add up exactly."""
+    total = sum(level.weight for level in LEVELS)
+    ends = [round(count * sum(level.weight for level in LEVELS[: i + 1]) / total) for i in range(len(LEVELS))]
+    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def make_split(count: int, seed: int, *, evaluation: bool) -> list[dict[str, str]]:
+    """Return `count` different problems in random order, as rows of the JSONL file."""
+    rng = random.Random(f"{seed}/{'eval' if evaluation else 'train'}")
+    rows: dict[str, dict[str, str]] = {}
+    for level, quota in zip(LEVELS, quotas(count), strict=True):
+        smallest = 900 if level.digits == (2, 2) else math.inf  # distinct eval problems of the smallest levels, nearly
+        if evaluation and quota > smallest / 3:
+            raise ValueError(f"--eval {count}: {level.name} has too few problems for {quota}; ask for fewer.")
+        wanted = len(rows) + quota
+        while len(rows) < wanted:
+            operands = draw_in_split(level, rng, evaluation=evaluation)
+            prompt = prompt_of(level, operands)
+            rows[prompt] = {"input": prompt, "label": answer_of(level, operands), "datasource": level.name}
+    shuffled = list(rows.values())
+    rng.shuffle(shuffled)
+    return shuffled
+
+
+def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    """Write train.jsonl and eval.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--train", type=int, default=2048, metavar="N", help="training problems (default: 2048)")
+    parser.add_argument("--eval", type=int, default=128, metavar="N", help="evaluation problems (default: 128)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name, count in (("train", args.train), ("eval", args.eval)):
+        write_jsonl(args.out / f"{name}.jsonl", make_split(count, args.seed, evaluation=name == "eval"))
+        print(f"{args.out / name}.jsonl: {count} problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Sets up what is missing and runs everything: lint, unit and patch tests, then the real stack end to end.
+#   bash scripts/test.sh [--torch-index URL] [pytest arguments, e.g. tests/unit -k filter]
+set -euo pipefail
+
+torch_index=
+if [ "${1:-}" = --torch-index ]; then
+    torch_index=${2:?--torch-index needs a URL}
+    shift 2
+fi
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup_cpu.sh"
+install_stack
+patch_openrlhf
+cd "$root"
+"$venv/bin/ruff" check .
+"$venv/bin/ruff" format --check .
+say "Tests (unit tests take a minute, the launches of the real stack about ten)"
+exec "$venv/bin/python" -m pytest "$@"

@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# GRPO with DEPO on math problems, one node of 8 GPUs of 80 GB, policy and vLLM sharing each GPU (hybrid engine).
+#   bash scripts/train_depo_hybrid_engine.sh [more flags, which win over those below]
+# Before: pip install openrlhf-depo[openrlhf], then `depo patch`. On a cluster: `ray start --head` first.
+#
+# NOT RUN ON GPUS BY US: a test puts these flags through OpenRLHF 0.11.2's own parser and checks, no more. The
+# recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.
+#
+# For plain GRPO to compare with: add `--advantage_estimator group_norm`. For DAPO's dynamic sampling beside DEPO:
+# add `--algo.dynamic_filtering_enable --algo.dynamic_filtering_range 0 1`.
+set -euo pipefail
+
+SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+MODEL=${MODEL:-Qwen/Qwen3-4B-Base}
+DATASET=${DATASET:-OpenRLHF/dapo-math-17k} # columns `prompt` (text or chat) and `label` (the answer)
+EVAL_DATASET=${EVAL_DATASET:-OpenRLHF/aime-2024}
+REWARD=${REWARD:-$SCRIPTS/math_reward.py} # a file with reward_func, or the URL of a server
+DEPO_CONFIG=${DEPO_CONFIG:-depo}          # a YAML file, or a shipped preset: depo, depo_paper
+OUT=${OUT:-$PWD/runs/depo-math}
+GPUS=${GPUS:-8}
+
+flags=(
+    # DEPO. A share of GPU 0 for the estimator: with 0 it runs on one CPU core.
+    --advantage_estimator depo
+    --depo.config "$DEPO_CONFIG"
+    --depo.estimator.num_gpus 0.1
+
+    # Where things run: everything shares the GPUs and sleeps while it is not needed.
+    --train.colocate_all
+    --actor.num_nodes 1
+    --actor.num_gpus_per_node "$GPUS"
+    --vllm.num_engines "$GPUS"
+    --vllm.tensor_parallel_size 1
+    --vllm.gpu_memory_utilization 0.7
+    --vllm.enable_sleep
+    --ds.enable_sleep
+    --vllm.sync_backend nccl
+
+    # Models, data, reward.
+    --actor.model_name_or_path "$MODEL"
+    --reward.remote_url "$REWARD"
+    --data.prompt_dataset "$DATASET"
+    --data.input_key prompt
+    --data.label_key label
+    --data.apply_chat_template
+    --data.max_len 9216
+    --rollout.max_new_tokens 8192
+
+    # 128 prompts x 8 responses a step, two optimizer steps on them.
+    --rollout.batch_size 128
+    --rollout.n_samples_per_prompt 8
+    --rollout.temperature 1.0
+    --train.batch_size 512
+    --train.num_episodes 2
+    --train.dynamic_batch_enable
+    --train.max_tokens_per_gpu 18432
+
+    # Loss: clip-higher, token mean, no KL term (so no reference model).
+    --actor.eps_clip_low_high 0.2 0.28
+    --actor.loss_agg_mode token-mean
+    --algo.kl.init_coef 0
+
+    --actor.adam.lr 1e-6
+    --actor.gradient_checkpointing_enable
+    --ds.zero_stage 3
+    --ds.param_dtype bf16
+    --ds.packing_samples
+
+    --eval.dataset "$EVAL_DATASET"
+    --eval.steps 10
+    --eval.temperature 1.0
+    --eval.n_samples_per_prompt 8
+    --ckpt.output_dir "$OUT/model"
+    --ckpt.path "$OUT/ckpt"
+    --ckpt.save_steps 10
+    --ckpt.save_hf
+    --logger.tensorboard_dir "$OUT/tensorboard"
+)
+
+set -x
+exec python3 -m openrlhf.cli.train_ppo_ray "${flags[@]}" "$@"

@@ -1,0 +1,23 @@
+"""What tests of several folders share: copies of the installed OpenRLHF, written by `depo patch`."""
+
+import pytest
+
+from depo_plugin import cli
+
+
+def _copy(tmp_path_factory, name, *options):
+    folder = tmp_path_factory.mktemp(name)
+    assert cli.main(["patch", "--target", str(folder), "--cpu", *options]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def patched_copy(tmp_path_factory):
+    """A folder with an OpenRLHF that has the DEPO call sites and runs without a GPU."""
+    return _copy(tmp_path_factory, "patched")
+
+
+@pytest.fixture(scope="session")
+def plain_copy(tmp_path_factory):
+    """A folder with an OpenRLHF that runs without a GPU and knows nothing of DEPO."""
+    return _copy(tmp_path_factory, "plain", "--no-seam")

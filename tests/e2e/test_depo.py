@@ -1,0 +1,114 @@
+"""DEPO switched on, in the real stack: it learns, it filters before the rollout, it resumes, it refuses half a seam."""
+
+from collections import Counter
+from statistics import fmean
+
+import numpy as np
+import pytest
+from conftest import BATCH, EVAL, GROUP, POOL, QUICKSTART, STEPS, WARMUP, base_flags, cpu_ray, launch, problems
+from safetensors.torch import load_file
+
+from depo_plugin import checkpoint
+
+
+def test_policy_weights_moved_and_stayed_finite(depo_run):
+    before = load_file(QUICKSTART / "tiny" / "model.safetensors")
+    after = load_file(depo_run.out / "model" / "model.safetensors")
+    moved = [name for name, weight in before.items() if not weight.equal(after[name])]
+    assert len(moved) > len(before) / 2
+    assert all(weight.isfinite().all() for weight in after.values())
+
+
+def test_steps_metrics_and_schedule_are_those_of_the_launch(depo_run):
+    assert [row["step"] for row in depo_run.steps] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in depo_run.metrics] == list(range(1, STEPS + 1))
+    for row in depo_run.metrics:
+        assert row["depo/kept"] == BATCH
+        assert row["depo/scanned"] >= BATCH
+    assert all(row["depo/keep_rate"] == 1 for row in depo_run.metrics[:WARMUP])
+    assert fmean(row["depo/keep_rate"] for row in depo_run.metrics[WARMUP:]) < 0.9
+
+
+def test_estimator_learned(depo_run):
+    rows = depo_run.metrics
+    assert fmean(row["depo/loss_score"] for row in rows[-4:]) < 0.9 * rows[0]["depo/loss_score"]
+    assert fmean(row["depo/spearman"] for row in rows[WARMUP:]) > 0.3  # easy and hard are told apart
+    assert fmean(row["depo/zero_auc"] for row in rows[WARMUP:] if "depo/zero_auc" in row) > 0.55
+
+
+def scanned_and_asked(run):
+    """Yield (step, prompts scanned, prompts asked of vLLM) from the pool's known order and the reward log."""
+    pool = problems(run.out / "data" / "train.jsonl")
+    seed = 7
+    order = [pool[i] for turn in range(20) for i in np.random.default_rng([seed, 0, turn]).permutation(POOL)]
+    held_out = set(problems(run.out / "data" / "eval.jsonl"))
+    asked = [prompt for prompt in run.asked if prompt not in held_out]
+    position = 0
+    for step, row in enumerate(run.metrics):
+        scanned = order[position : position + int(row["depo/scanned"])]
+        position += len(scanned)
+        yield row, scanned, asked[step * BATCH * GROUP : (step + 1) * BATCH * GROUP]
+
+
+def test_rejected_prompts_were_not_generated(depo_run):
+    rejected = 0
+    for row, scanned, asked in scanned_and_asked(depo_run):
+        counts = Counter(asked)
+        assert set(counts) <= set(scanned)
+        assert sum(counts.values()) == row["depo/kept"] * GROUP
+        rejected += len(scanned) - sum(counts.values()) // GROUP
+    assert rejected > BATCH  # the filter did something
+    held_out = set(problems(depo_run.out / "data" / "eval.jsonl"))
+    assert sum(prompt not in held_out for prompt in depo_run.asked) == STEPS * BATCH * GROUP
+
+
+def test_evaluation_was_not_filtered(depo_run):
+    held_out = problems(depo_run.out / "data" / "eval.jsonl")
+    counts = Counter(prompt for prompt in depo_run.asked if prompt in set(held_out))
+    evaluations = [row for row in depo_run.rows if "eval" in row]
+    assert len(held_out) == EVAL
+    assert len(evaluations) == 2
+    assert counts == {prompt: 4 * len(evaluations) for prompt in held_out}
+
+
+def test_own_checkpoints_follow_openrlhfs(depo_run):
+    root = depo_run.out / "checkpoints"
+    tags = {folder.name for folder in (root / "_actor").iterdir() if folder.is_dir()}
+    assert {"global_step8", "global_step16"} <= tags
+    assert {folder.name for folder in (root / "depo").iterdir()} == tags
+
+
+def test_resumed_run_goes_on_where_it_was_on_the_deepspeed_backend(depo_run, tmp_path):
+    """The run is taken up at step 16; the estimator's weights of the torch backend go into a DeepSpeed engine."""
+    saved = checkpoint.load(depo_run.out / "checkpoints" / "depo" / "global_step16")
+    flags = base_flags(tmp_path / "resumed", "--ckpt.save_steps", "8", "--depo.filter.warmup_steps", str(WARMUP))
+    flags += ["--ckpt.path", str(depo_run.out / "checkpoints"), "--ckpt.load_enable"]
+    resumed = launch(tmp_path / "resumed", [*flags, "--depo.estimator.num_gpus", "0.5"])
+    assert resumed.status == 0, resumed.output[-5000:]
+    assert "DEPO: estimator resumed from global_step16" in resumed.output
+    assert [row["step"] for row in resumed.steps] == list(range(17, STEPS + 1))
+    first, same = resumed.metrics[0], depo_run.metrics[16]
+    assert saved["updates"] == 16
+    for name in ("depo/scanned", "depo/kept", "depo/explored", "depo/forced", "depo/distinct"):
+        assert first[name] == same[name], name  # decisions of step 17 as the first run made them
+    held_out = set(problems(depo_run.out / "data" / "eval.jsonl"))
+    before = [prompt for prompt in depo_run.asked if prompt not in held_out]
+    after = [prompt for prompt in resumed.asked if prompt not in held_out]
+    assert Counter(after[: BATCH * GROUP]) == Counter(before[16 * BATCH * GROUP : 17 * BATCH * GROUP])
+    assert resumed.metrics[0]["depo/pred_mean"] == pytest.approx(same["depo/pred_mean"], abs=1e-4)
+
+
+def test_ray_head_started_without_the_seam_is_refused_before_the_first_rollout(tmp_path, cpu_only_copy):
+    """The driver has the patched copy; Ray's workers take the one of the head: a run that would be plain GRPO."""
+    out = tmp_path / "unpatched head"
+    run = launch(
+        out,
+        base_flags(out),
+        head_env={"PYTHONPATH": str(cpu_only_copy)},
+        PYTHONPATH=cpu_ray.stack_env()["PYTHONPATH"],
+    )
+    assert run.status != 0
+    assert "SeamError" in run.output
+    assert str(cpu_only_copy / "openrlhf") in run.output
+    assert not run.steps
+    assert not (out / "rollouts.jsonl").exists()

@@ -1,0 +1,51 @@
+"""The YAML files that are shipped."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from depo_plugin import config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.y*ml"))
+
+
+def test_all_files_are_looked_at():
+    assert {"depo.yaml", "depo_paper.yaml"} <= {path.name for path in FILES}
+    assert len(FILES) >= 2
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_file_loads_by_path_and_by_name(path):
+    cfg = config.load_config(str(path), {})
+    assert cfg == config.load_config(path.stem, {}) == config.load_config(path.name, {})
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_each_file_sets_every_key_and_plain_yaml_reads_the_same(path):
+    """So that a preset keeps its meaning when a default changes, and other tools read what we read."""
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    keys = [f"{section}.{name}" for section, part in tree.items() for name in part]
+    assert keys == list(config.SETTINGS)
+    assert config.from_dict(tree) == config.load_config(str(path), {})
+
+
+def test_recommended_is_the_defaults_with_their_help():
+    text = (CONFIGS / "depo.yaml").read_text(encoding="utf-8")
+    body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")).lstrip("\n")
+    assert body == config.to_yaml(config.DepoConfig())
+    assert config.load_config("depo", {}) == config.DepoConfig()
+
+
+def test_paper_preset_has_the_papers_numbers():
+    """arXiv 2602.06375: estimator losses, optimizer, encoder, warm-up and window; no exploration, no history."""
+    cfg = config.load_config("depo_paper", {})
+    est = cfg.estimator
+    assert (est.w_distill, est.w_rank, est.rank_delta, est.rank_margin) == (0.5, 3.0, 0.05, 0.5)
+    assert (est.lr, est.encoder_lr_ratio, est.max_norm, est.max_length) == (2e-4, 0.2, 1.0, 512)
+    assert est.model == "distilbert-base-uncased"
+    assert (cfg.filter.rule, cfg.filter.low, cfg.filter.high) == ("window", 0.15, 0.85)
+    assert (cfg.filter.warmup_steps, cfg.filter.epsilon) == (100, 0.0)
+    assert (cfg.advantage.base, cfg.advantage.importance_rescale) == ("group_norm", False)
+    assert cfg.history.kappa == "inf"

@@ -1,0 +1,50 @@
+"""The frozen list of flags. A flag is a promise to every launch script: a change here is a change for users."""
+
+import argparse
+
+from depo_plugin import config
+
+FLAGS = """
+--depo.config
+--depo.filter.rule
+--depo.filter.low
+--depo.filter.high
+--depo.filter.min_utility
+--depo.filter.epsilon
+--depo.filter.warmup_steps
+--depo.filter.max_scan
+--depo.filter.budget
+--depo.filter.expected_keep_rate
+--depo.labels.reward_range
+--depo.advantage.base
+--depo.advantage.importance_rescale
+--depo.advantage.clip
+--depo.estimator.model
+--depo.estimator.max_length
+--depo.estimator.lr
+--depo.estimator.encoder_lr_ratio
+--depo.estimator.weight_decay
+--depo.estimator.max_norm
+--depo.estimator.w_distill
+--depo.estimator.w_rank
+--depo.estimator.rank_delta
+--depo.estimator.rank_margin
+--depo.estimator.micro_batch_size
+--depo.estimator.dtype
+--depo.estimator.num_gpus
+--depo.estimator.num_cpus
+--depo.estimator.timeout_s
+--depo.estimator.updates_per_step
+--depo.history.kappa
+--depo.history.discount
+""".split()
+
+
+def test_the_flags_are_exactly_these():
+    assert config.flag_names() == FLAGS
+
+
+def test_the_parser_gets_exactly_these():
+    parser = argparse.ArgumentParser(add_help=False)
+    config.add_arguments(parser)
+    assert [option for action in parser._actions for option in action.option_strings] == FLAGS
