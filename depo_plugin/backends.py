@@ -45,3 +45,10 @@ class DeepSpeedBackend:
             args={"local_rank": int(os.environ.get("LOCAL_RANK", "-1"))},
             dist_init_required=False,
         )
+        self.forward = self.engine
+
+    def step(self, loss) -> float:
+        """Make one optimizer step from the loss; return the gradient's norm before clipping."""
+        self.engine.backward(loss)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() or 0.0)

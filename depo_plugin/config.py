@@ -104,6 +104,7 @@ class EstimatorConfig:
     num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
     timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
     updates_per_step: int = setting(1, "estimator updates per training step", integer(1))
+    replay: int = setting(0, "recent groups that updates learn from again (0: none, the paper)", integer(0))
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def _build(given: Mapping[str, tuple[Any, str]], faults: list[str]) -> DepoConfi
         value, source = given.get(key, (leaf.default, "default"))
         try:
             values[key] = leaf.kind.read(value)
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, OverflowError):
             bad.add(key)
             values[key] = leaf.default
             origin = f" ({source})" if source else ""
@@ -249,7 +250,7 @@ def _fix(leaf: Setting, value: Any) -> str:
         try:
             leaf.kind.read(flag_value(value))
             return "Remove the quotes."
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, OverflowError):
             pass
         if near := difflib.get_close_matches(value, leaf.kind.choices, n=1):
             return f"Did you mean {near[0]}?"

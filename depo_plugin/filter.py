@@ -56,7 +56,7 @@ def signal_probability(a_B: np.ndarray, b_B: np.ndarray, group_size: int) -> np.
     i_G = np.arange(group_size)
     total_BG = large_B1 + small_B1 + i_G
     # The likelier of the two extremes can be near 1: what it leaves is summed as a logarithm, or it would cancel.
-    not_all_likely_B = -np.expm1(np.log1p(-small_B1 / total_BG).sum(-1))
+    not_all_likely_B = 0.0 - np.expm1(np.log1p(-small_B1 / total_BG).sum(-1))
     all_unlikely_B = ((small_B1 + i_G) / total_BG).prod(-1)
     return np.where(valid_B, np.clip(not_all_likely_B - all_unlikely_B, 0.0, 1.0), np.nan)
 
@@ -118,3 +118,15 @@ def fill_up(decisions: list[Decision], value_B: np.ndarray, missing: int) -> lis
     for i in best[:missing]:
         filled[i] = _FORCED
     return filled
+
+
+def keep_share(kept: int, scanned: int, stopped: bool) -> float:
+    """Return the estimate of kept/scanned that makes importance weights unbiased; 1 where all were kept.
+
+    stopped: whether the scan ended because a candidate was kept. That one is certain, so it counts on neither side:
+    (kept − 1)/(scanned − 1), Haldane's unbiased estimate under inverse sampling; kept/scanned would be too large by
+    about 1/kept. For a batch of one there is no such estimate, and kept/scanned stands in.
+    """
+    if stopped and kept > 1:
+        return (kept - 1) / (scanned - 1)
+    return kept / scanned

@@ -1,6 +1,7 @@
 """What is known of a prompt beside its text: its own past groups, and how many samples its text is worth (κ).
 
-DESIGN, "The estimator": a = κ·σ(s) + S, b = κ·(1 − σ(s)) + (N − S). Suffixes: B = prompts asked for, K = prompts known.
+DESIGN, "The estimator": a = κ·σ(s) + S, b = κ·(1 − σ(s)) + (N − S).
+Suffixes: B = prompts asked for, K = prompts known.
 """
 
 import hashlib
@@ -104,7 +105,7 @@ class PromptHistory:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up a state_dict(); ValueError naming missing or unexpected fields. A κ that is set, not fitted, stays."""
+        """Take up a state_dict(); ValueError naming missing or unexpected fields. A κ that is set stays."""
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"history: fields {sorted(set(state) ^ expected)} are missing or unexpected.")

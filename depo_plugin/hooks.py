@@ -77,7 +77,7 @@ def resolve(args) -> None:
         cfg = config.load_config(flags.config, config.overrides_from_namespace(flags))
         faults = config.conflicts(cfg, args)
     except config.ConfigError as error:
-        faults = [str(error)]
+        faults = error.faults + config.conflicts(config.DepoConfig(), args)
     if faults:
         print("DEPO: this launch cannot work as it is set:\n" + "\n".join(faults), file=sys.stderr)  # noqa: T201
         sys.exit(2)
@@ -260,7 +260,9 @@ def observe(args, experiences, step: int) -> None:
     groups, dropped = labels.from_experiences(experiences, group_size, args.depo.labels.reward_range)
     _check_range(args, groups, dropped, step)
     if args.depo.advantage.importance_rescale:
-        advantage.rescale_from(_handle(args), experiences, group_size, args.depo.advantage.clip)
+        found = _handle(args).keep_weights(*labels.group_prompts(experiences, group_size))
+        if found is not None:  # without the estimator every weight is 1
+            advantage.rescale(experiences, advantage.weights(*found, args.depo.advantage.clip), group_size)
     _process.dropped += dropped
     _process.pending_metrics = _handle(args).observe(groups)
 
@@ -284,7 +286,7 @@ def log(args, status: dict, step: int) -> None:
     metrics = handle.wait(_process.pending_metrics, handle.timeout_s) or {}
     metrics["time_blocked"] = metrics.get("time_blocked", 0.0) + handle.take_blocked_s()
     metrics["labels_dropped"] = _process.dropped
-    status.update({f"depo/{name}": value for name, value in metrics.items()})
+    status.update({f"depo/{name}": float(value) for name, value in metrics.items()})
     row = {"step": step} | {k: v for k, v in status.items() if isinstance(v, int | float)}
     MetricsFile(Path(args.ckpt.output_dir) / "depo" / "metrics.jsonl").append(row)
 

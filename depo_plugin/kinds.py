@@ -9,7 +9,7 @@ class Kind(NamedTuple):
     """What a setting may be.
 
     allowed: the same in words, after "must be". read: the value as given to the value as stored; ValueError or
-    TypeError or OverflowError where it is not allowed. metavar: its place in --help. choices: words among the values.
+    OverflowError where it is not allowed. metavar: its place in --help. choices: words among the values.
     """
 
     allowed: str

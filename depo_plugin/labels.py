@@ -83,3 +83,13 @@ def from_experiences(experiences, group_size: int, reward_range) -> tuple[list[L
         labels.append(group_label(prompts[0], answers[0], scores, rewards, log_probs, reward_range))
     kept = [label for label in labels if label is not None]
     return kept, len(labels) - len(kept)
+
+
+def group_prompts(experiences, group_size: int) -> tuple[list[str], list[str]]:
+    """Return each group's prompt and label in rollout order; experiences as in from_experiences."""
+    pairs = {}
+    for experience in experiences:
+        for index, *pair in zip(experience.index, experience.prompts, experience.labels, strict=True):
+            pairs[index // group_size] = pair
+    prompts, answers = zip(*(pairs[group] for group in sorted(pairs)), strict=True)
+    return list(prompts), list(answers)

@@ -8,7 +8,8 @@ The pool, in a new order each pass, is one endless stream; every candidate on it
                   '-> queue (the planned batch) -> one prompt per next() -> rollout
 
 A batch is planned whole when the queue is empty. When its last prompt leaves, the scores of the next candidates are
-asked for, so that they are computed behind the rollout: batch t+1 is decided with the weights after update t−1.
+asked for, so that they are computed behind the rollout: batch t+1 is decided with the weights after update t−1 (where
+those do not give a full batch, more are asked for and waited for at once).
 Nothing but stream positions, counters and those scores is state; both kinds of chance, the order of a pass and each
 position's exploration draw, follow from (seed, pass).
 
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from depo_plugin.config import FilterConfig
-from depo_plugin.filter import Decision, Reason, decide, fill_up, keep_all, signal_probability
+from depo_plugin.filter import Decision, Reason, decide, fill_up, keep_all, keep_share, signal_probability
 from depo_plugin.history import Scores, prompt_key
 
 logger = logging.getLogger(__name__)
@@ -60,39 +61,16 @@ class Candidate(NamedTuple):
 class Asked:
     """Consecutive candidates from the cursor on, and the scores that were asked for them."""
 
-    def __init__(self, items: list[Item], future):
+    def __init__(self, items: list[Item], future=None, scores: Scores | None = None):
         self.items = items
         self._future = future
-        self._scores: Scores | None = None
+        self._scores = scores
 
     def scores(self) -> Scores | None:
         """Wait for the scores, once; None where the estimator could not give them."""
         if self._future is not None:
             self._scores, self._future = self._future.result(), None
         return self._scores
-
-
-class Known:
-    """A future that has come: the scores of a saved state."""
-
-    def __init__(self, scores: Scores | None):
-        self._scores = scores
-
-    def result(self) -> Scores | None:
-        """Return the scores."""
-        return self._scores
-
-
-def keep_share(kept: int, scanned: int, stopped: bool) -> float:
-    """Return the estimate of kept/scanned that makes importance weights unbiased; 1 where all were kept.
-
-    stopped: whether the scan ended because a candidate was kept. That one is certain, so it counts on neither side:
-    (kept − 1)/(scanned − 1), Haldane's unbiased estimate under inverse sampling; kept/scanned would be too large by
-    about 1/kept. For a batch of one there is no such estimate, and kept/scanned stands in.
-    """
-    if stopped and kept > 1:
-        return (kept - 1) / (scanned - 1)
-    return kept / scanned
 
 
 class DifficultyFilteredLoader:
@@ -164,14 +142,14 @@ class DifficultyFilteredLoader:
 
     def __next__(self) -> Any:
         """Return inner.collate_fn([item]) of the next prompt."""
-        if self._exhausted or self._spent() or not (self._queue or self._plan()):
+        if self._spent() or not (self._queue or self._plan()):
             self._finish()
             raise StopIteration
-        position = self._queue.popleft()
+        index = self._index(self._queue.popleft())
         self._served += 1
         if not self._queue:
             self._ask_ahead()
-        return self._collate([self._dataset[self._index(position)]])
+        return self._collate([self._dataset[index]])
 
     def refund(self, count: int) -> None:
         """Give back the places of `count` prompts whose groups dynamic filtering threw away.
@@ -190,9 +168,9 @@ class DifficultyFilteredLoader:
     def _finish(self):
         if not self._exhausted and self._cfg.budget == "steps" and self._refunds == self._pool:
             logger.warning(
-                "DEPO: episode %d ends: dynamic filtering threw away %d groups, one whole pass over the pool, and no "
-                "more than that is replaced. The last batch may be short. Widen --algo.dynamic_filtering_range, or use "
-                "prompts nearer to what the policy can do.",
+                "DEPO: episode %d ends: dynamic filtering threw away at least %d groups, as many as the pool has "
+                "prompts, and no more than that are replaced. The last batch may be short. Widen "
+                "--algo.dynamic_filtering_range, or use prompts nearer to what the policy can do.",
                 self._episode + 1,
                 self._refunds,
             )
@@ -216,8 +194,8 @@ class DifficultyFilteredLoader:
         if key not in self._chance:
             rng = np.random.default_rng([self._seed, stream, pass_no])
             drawn = rng.permutation(self._pool) if stream is Stream.ORDER else rng.random(self._pool)
-            # A batch may reach into the next pass or, with a small pool, over several; older ones are done with.
-            oldest = min([self._cursor, *self._queue, *self._open]) // self._pool
+            # A batch may reach over the end of a pass; what is older is hardly asked for, and can be drawn again.
+            oldest = self._cursor // self._pool - 1
             self._chance = {k: v for k, v in self._chance.items() if k[1] >= oldest} | {key: drawn}
         return self._chance[key]
 
@@ -271,8 +249,8 @@ class DifficultyFilteredLoader:
                 if kept == wanted:  # the rest stay ahead of the cursor: asked about again with the next batch
                     break
         full = kept == wanted
-        # An episode has at least one batch, or a pass without any would train nothing and say nothing.
-        forced = not full and (len(scanned) == self._scan_limit or self._served == 0)
+        # No scan is longer than a pass, so with budget data the first of an episode always gives a batch.
+        forced = not full and len(scanned) == self._scan_limit
         share = keep_share(kept, len(scanned), stopped=full) if kept else 1.0
         if forced:
             decisions = fill_up([c.decision for c in scanned], [c.v for c in scanned], wanted - kept)
@@ -292,39 +270,37 @@ class DifficultyFilteredLoader:
         positions = range(self._cursor, self._cursor + len(asked.items))
         scores = asked.scores()
         if scores is None:
-            unscored = keep_all(len(positions), Reason.UNSCORED)
-            return [Candidate(*at, None, None, d) for *at, d in zip(positions, asked.items, unscored, strict=True)]
-        self._updates = scores.updates
-        a_B, b_B = np.asarray(scores.a, np.float64), np.asarray(scores.b, np.float64)
-        v_B = signal_probability(a_B, b_B, self._group_size)
-        p_B = np.divide(a_B, a_B + b_B, out=np.full_like(v_B, np.nan), where=~np.isnan(v_B))
-        if scores.updates < self._cfg.warmup_steps:
-            decisions = keep_all(len(positions), Reason.WARMUP)
+            p_B = v_B = [None] * len(positions)
+            decisions = keep_all(len(positions), Reason.UNSCORED)
         else:
-            uniform_B = np.array([self._uniform(position) for position in positions])
-            decisions = decide(a_B, b_B, self._cfg, self._group_size, uniform_B)
-        rows = zip(positions, asked.items, p_B.tolist(), v_B.tolist(), decisions, strict=True)
-        return [
-            Candidate(at, item, p, v, d) if v == v else Candidate(at, item, None, None, d)
-            for at, item, p, v, d in rows
-        ]
+            self._updates = scores.updates
+            v_B = signal_probability(scores.a, scores.b, self._group_size)
+            total_B = np.asarray(scores.a, np.float64) + scores.b
+            p_B = np.divide(scores.a, total_B, out=np.full_like(v_B, np.nan), where=~np.isnan(v_B))
+            p_B, v_B = (np.where(np.isnan(v_B), None, x_B).tolist() for x_B in (p_B, v_B))
+            if scores.updates < self._cfg.warmup_steps:
+                decisions = keep_all(len(positions), Reason.WARMUP)
+            else:
+                uniform_B = np.array([self._uniform(position) for position in positions])
+                decisions = decide(scores.a, scores.b, self._cfg, self._group_size, uniform_B)
+        return [Candidate(*row) for row in zip(positions, asked.items, p_B, v_B, decisions, strict=True)]
 
     def _watch_forced(self, scanned: list[Candidate], forced: bool):
         self._forced_in_a_row = self._forced_in_a_row + 1 if forced else 0
         if self._forced_in_a_row != FORCED_IN_A_ROW:
             return
         mean = np.mean([c.p for c in scanned if c.p is not None])
-        cause = "solves nearly all" if mean > 0.5 else "solves almost none"
+        cause, fix = ("nearly all", "harder") if mean > 0.5 else ("almost none", "easier")
         logger.warning(
-            "DEPO: %d batches in a row were filled up with prompts that --depo.filter.rule %s rejects: of %d scanned "
-            "too few pass, the mean predicted pass rate is %.2f. Most likely the policy %s of the pool: add %s prompts, "
-            "relax the rule, or raise --depo.filter.max_scan (%d).",
+            "DEPO: %d batches in a row were filled up with prompts that --depo.filter.rule %s rejects: too few of the "
+            "%d scanned pass, and their mean predicted pass rate is %.2f. Most likely the policy solves %s of the "
+            "pool: add %s prompts, relax the rule, or raise --depo.filter.max_scan (%d).",
             FORCED_IN_A_ROW,
             self._cfg.rule,
             len(scanned),
             mean,
             cause,
-            "harder" if mean > 0.5 else "easier",
+            fix,
             self._cfg.max_scan,
         )
 
@@ -399,7 +375,7 @@ class DifficultyFilteredLoader:
         if (asked := state["asked"]) is not None:
             scores = asked["scores"]
             known = Scores(np.array(scores["a"]), np.array(scores["b"]), scores["updates"]) if scores else None
-            self._asked = Asked(self._items(asked["count"]), Known(known))
+            self._asked = Asked(self._items(asked["count"]), scores=known)
 
 
 def _record(candidate: Candidate, share: float) -> dict:

@@ -47,9 +47,7 @@ def rank_loss(s_B: torch.Tensor, y_B: torch.Tensor, delta: float, margin: float)
     return F.relu(margin - (s_B[:, None] - s_B[None, :]))[pair_BB].mean()
 
 
-def losses(
-    s_B: torch.Tensor, c_B: torch.Tensor, y_B: torch.Tensor, d_B: torch.Tensor, cfg: EstimatorConfig
-) -> Losses:
+def losses(s_B: torch.Tensor, c_B: torch.Tensor, y_B: torch.Tensor, d_B: torch.Tensor, cfg: EstimatorConfig) -> Losses:
     """Return score + w_distill·distill + w_rank·rank and the parts; all (B,) float32, d NaN where not known."""
     score = score_loss(s_B, y_B)
     distill = distill_loss(c_B, d_B)

@@ -73,9 +73,9 @@ def brier(p_B: np.ndarray, y_B: np.ndarray) -> float:
 
 def spearman(x_B: np.ndarray, y_B: np.ndarray) -> float | None:
     """Return the rank correlation in [-1, 1]; None where either side is constant."""
-    x, y = (_ranks(np.asarray(v, np.float64)) for v in (x_B, y_B))
-    x, y = x - x.mean(), y - y.mean()
-    scale = math.sqrt(float(x @ x) * float(y @ y)) if x.size else 0.0
+    middle = (len(x_B) + 1) / 2
+    x, y = (_ranks(np.asarray(v, np.float64)) - middle for v in (x_B, y_B))
+    scale = math.sqrt(float(x @ x) * float(y @ y))
     return float(x @ y) / scale if scale > 0 else None
 
 

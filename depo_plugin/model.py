@@ -90,9 +90,7 @@ def load_encoder(model: str | None):
     source = str(model or bundled_encoder())
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        encoder = AutoModel.from_pretrained(
-            source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-        )
+        encoder = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
     except (OSError, ValueError) as err:
         reason = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
         raise EncoderError(

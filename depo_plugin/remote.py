@@ -81,9 +81,9 @@ class EstimatorActor:
         self.blocked_s += blocked_s
         self.estimator.record(records)
 
-    def keep_probability(self, prompts: list[str], labels: list[str]) -> list[float]:
-        """Return the probabilities with which these prompts were kept (see DifficultyEstimator)."""
-        return self.estimator.keep_probability(prompts, labels)
+    def keep_weights(self, prompts: list[str], labels: list[str]) -> tuple[list[float], list[float]]:
+        """Return what the importance weights of these kept prompts are made of (see DifficultyEstimator)."""
+        return self.estimator.keep_weights(prompts, labels)
 
     def reject(self, label) -> None:
         """Take the Label of a group that dynamic filtering threw away; it is learned with the next step's groups."""
@@ -205,9 +205,9 @@ class EstimatorHandle:
         """Tell the estimator what was scanned and kept, without waiting."""
         self.actor.record.remote(records, self.take_blocked_s())
 
-    def keep_probability(self, prompts: list[str], labels: list[str]) -> list[float] | None:
-        """Return the keep probabilities of these prompts, None where the estimator cannot answer."""
-        return self.wait(self.actor.keep_probability.remote(prompts, labels), self.timeout_s)
+    def keep_weights(self, prompts: list[str], labels: list[str]) -> tuple[list[float], list[float]] | None:
+        """Return keep probabilities and kept/scanned of these prompts, None where the estimator cannot answer."""
+        return self.wait(self.actor.keep_weights.remote(prompts, labels), self.timeout_s)
 
     def observe(self, labels: list):
         """Send one step's labels without waiting; the returned reference gives the step's metrics."""

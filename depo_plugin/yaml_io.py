@@ -64,8 +64,9 @@ def flag_value(text: str) -> Any:
 
 def dump(value: Any) -> str:
     """One value as YAML, on one line."""
-    value = list(value) if isinstance(value, tuple) else value
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
+    style = '"' if isinstance(value, str) and not value.isprintable() else None  # so that line breaks are escaped
+    options = {"default_style": style, "default_flow_style": True, "width": math.inf, "allow_unicode": True}
+    text = yaml.dump(value, Dumper=_Dumper, **options)
     return text.removesuffix("...\n").strip()
 
 

@@ -55,6 +55,7 @@ flags=(
     --train.num_episodes 2
     --train.dynamic_batch_enable
     --train.max_tokens_per_gpu 18432
+    --rollout.max_tokens_per_gpu 18432
 
     # Loss: clip-higher, token mean, no KL term (so no reference model).
     --actor.eps_clip_low_high 0.2 0.28

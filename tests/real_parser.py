@@ -104,7 +104,7 @@ def _main() -> None:
 
         openrlhf.utils.get_strategy = stop
         outcomes = [_launch(flags) for flags in flag_lists]
-    print(json.dumps({"openrlhf": openrlhf.utils.__file__, "outcomes": outcomes}))
+    sys.stdout.write(json.dumps({"openrlhf": openrlhf.utils.__file__, "outcomes": outcomes}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A Ray head of our own on a machine without a GPU, and OpenRLHF's launch beside it.
 
-Nothing of anybody else's is touched: the head has its own port and folder, and what is ended is what carries this
-run's mark in its environment.
+Nothing of anybody else's is touched: the head has its own port, folder and session, and what is ended is what is in
+that session or carries this run's mark in its environment.
 """
 
 import contextlib
@@ -44,25 +44,27 @@ def stack_env(python_path=PATCHED, **extra) -> dict[str, str]:
     }
 
 
-def marked_processes(mark: str) -> list[int]:
-    """Return the ids of the processes that were started with this mark in their environment."""
+def own_processes(mark: str, session: int) -> list[int]:
+    """Return the ids of this run's processes: with its mark, or in the head's session (Ray's agents hide the mark)."""
     needle = f"{MARK}={mark}".encode()
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
+    for pid in (int(folder.name) for folder in Path("/proc").glob("[0-9]*")):
         with contextlib.suppress(OSError):
-            if needle in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            zombie = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if not zombie and (os.getsid(pid) == session or needle in environ):
+                found.append(pid)
     return found
 
 
-def end_marked(mark: str, grace_s: float = 10.0) -> None:
-    """End every process with this mark: SIGTERM, then SIGKILL for those still there after grace_s seconds."""
-    for sign, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
-        for pid in marked_processes(mark):
+def end_own(mark: str, session: int, grace_s: float = 10.0) -> None:
+    """End every process of this run: SIGTERM, then SIGKILL for those still there after grace_s seconds."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + grace_s
+        for pid in own_processes(mark, session):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, sign)
-        deadline = time.monotonic() + wait_s
-        while marked_processes(mark) and time.monotonic() < deadline:
+        while own_processes(mark, session) and time.monotonic() < deadline:
             time.sleep(0.2)
 
 
@@ -90,8 +92,7 @@ def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_
                 time.sleep(0.2)
             yield env | {"RAY_ADDRESS": address[1]}
         finally:
-            head.terminate()
-            end_marked(mark)
+            end_own(mark, head.pid)
             head.wait()
 
 

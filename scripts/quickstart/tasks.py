@@ -4,7 +4,7 @@ Each line has `input` (the prompt), `label` (the answer) and `datasource` (the l
     {"input": "47 + 85 =", "label": "132", "datasource": "add-2digit"}
 
 A level is an operation and the digits of its operands, so its difficulty can be read off the text. About a third of
-the problems are easy for the model in `tiny/`, a third are out of its reach, and a third lie between: most groups
+the problems are easy for the model in `tiny/`, a third are out of its reach, and the rest lie between: most groups
 of an unfiltered batch teach nothing.
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 EVAL_SHARE = 0.1  # of all problems there are; the other nine tenths are for training
@@ -21,22 +22,29 @@ EVAL_SHARE = 0.1  # of all problems there are; the other nine tenths are for tra
 
 @dataclass(frozen=True)
 class Level:
-    """A kind of problem, for example Level("add-3digit", "+", (3, 3), 1) for "123 + 456 ="."""
+    """A kind of problem, for example Level("add-2digit", "+", (2, 2)) for "47 + 85 ="."""
 
     name: str  # goes into `datasource`
     op: str  # "+", "-" or "*"
     digits: tuple[int, ...]  # of each operand
-    weight: int  # relative share of the data set
 
 
-EASY = (Level("add-2digit", "+", (2, 2), 2), Level("sub-2digit", "-", (2, 2), 2))
-MIDDLE = (
-    Level("add-3digit", "+", (3, 3), 1),
-    Level("sub-3digit", "-", (3, 3), 1),
-    Level("add-3terms", "+", (2, 2, 2), 1),
-    Level("add-4digit", "+", (4, 4), 1),
+EASY = (
+    Level("add-2by1digit", "+", (2, 1)),
+    Level("add-1digit-3terms", "+", (1, 1, 1)),
+    Level("add-2digit", "+", (2, 2)),
 )
-HOPELESS = (Level("mul-3digit", "*", (3, 3), 2), Level("mul-4digit", "*", (4, 4), 2))
+MIDDLE = (
+    Level("sub-2by1digit", "-", (2, 1)),
+    Level("sub-2digit", "-", (2, 2)),
+    Level("sub-3terms", "-", (2, 1, 1)),
+    Level("add-3terms", "+", (2, 2, 2)),
+)
+HOPELESS = (
+    Level("mul-2digit", "*", (2, 2)),
+    Level("mul-3digit", "*", (3, 3)),
+    Level("mul-4digit", "*", (4, 4)),
+)
 LEVELS = EASY + MIDDLE + HOPELESS
 
 _APPLY = {"+": sum, "*": math.prod, "-": lambda operands: operands[0] - sum(operands[1:])}
@@ -45,7 +53,10 @@ _APPLY = {"+": sum, "*": math.prod, "-": lambda operands: operands[0] - sum(oper
 def draw(level: Level, rng: random.Random) -> list[int]:
     """Draw the operands of one problem, uniform over their digits; a difference is never negative."""
     operands = [rng.randrange(10 ** (d - 1), 10**d) for d in level.digits]
-    return sorted(operands, reverse=True) if level.op == "-" else operands
+    if level.op != "-":
+        return operands
+    operands.sort(reverse=True)
+    return operands if _APPLY["-"](operands) >= 0 else draw(level, rng)
 
 
 def prompt_of(level: Level, operands: list[int]) -> str:
@@ -77,28 +88,33 @@ def draw_in_split(level: Level, rng: random.Random, *, evaluation: bool) -> list
 
 
 def quotas(count: int) -> list[int]:
-    """Share `count` problems out over LEVELS by weight; they add up exactly."""
-    total = sum(level.weight for level in LEVELS)
-    ends = [round(count * sum(level.weight for level in LEVELS[: i + 1]) / total) for i in range(len(LEVELS))]
-    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    """Share `count` problems out evenly over LEVELS; they add up exactly."""
+    ends = [count * i // len(LEVELS) for i in range(len(LEVELS) + 1)]
+    return [end - start for start, end in pairwise(ends)]
+
+
+def level_rows(level: Level, count: int, rng: random.Random, *, evaluation: bool) -> list[dict[str, str]]:
+    """Return `count` different problems of a level as rows of the JSONL file."""
+    rows: dict[str, dict[str, str]] = {}
+    for _ in range(100 * count):
+        if len(rows) == count:
+            break
+        operands = draw_in_split(level, rng, evaluation=evaluation)
+        prompt = prompt_of(level, operands)
+        rows[prompt] = {"input": prompt, "label": answer_of(level, operands), "datasource": level.name}
+    else:
+        split = "eval" if evaluation else "train"
+        raise ValueError(f"{level.name} has {len(rows)} {split} problems, {count} wanted: lower --{split}.")
+    return list(rows.values())
 
 
 def make_split(count: int, seed: int, *, evaluation: bool) -> list[dict[str, str]]:
-    """Return `count` different problems in random order, as rows of the JSONL file."""
+    """Return `count` different problems of all levels in random order."""
     rng = random.Random(f"{seed}/{'eval' if evaluation else 'train'}")
-    rows: dict[str, dict[str, str]] = {}
-    for level, quota in zip(LEVELS, quotas(count), strict=True):
-        smallest = 900 if level.digits == (2, 2) else math.inf  # distinct eval problems of the smallest levels, nearly
-        if evaluation and quota > smallest / 3:
-            raise ValueError(f"--eval {count}: {level.name} has too few problems for {quota}; ask for fewer.")
-        wanted = len(rows) + quota
-        while len(rows) < wanted:
-            operands = draw_in_split(level, rng, evaluation=evaluation)
-            prompt = prompt_of(level, operands)
-            rows[prompt] = {"input": prompt, "label": answer_of(level, operands), "datasource": level.name}
-    shuffled = list(rows.values())
-    rng.shuffle(shuffled)
-    return shuffled
+    shares = zip(LEVELS, quotas(count), strict=True)
+    rows = [row for level, quota in shares for row in level_rows(level, quota, rng, evaluation=evaluation)]
+    rng.shuffle(rows)
+    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
@@ -116,7 +132,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for name, count in (("train", args.train), ("eval", args.eval)):
-        write_jsonl(args.out / f"{name}.jsonl", make_split(count, args.seed, evaluation=name == "eval"))
+        try:
+            rows = make_split(count, args.seed, evaluation=name == "eval")
+        except ValueError as fault:
+            parser.error(str(fault))
+        write_jsonl(args.out / f"{name}.jsonl", rows)
         print(f"{args.out / name}.jsonl: {count} problems")
 
 

@@ -56,7 +56,8 @@ def record(args, path: Path) -> None:
 
     strategy, tokenizer, prompts, _ = build(args)
     model, max_len = args.actor.model_name_or_path, args.data.max_len
-    engines = create_vllm_engines(1, 1, model, SEED, False, False, True, max_len, remote_rm_url=args.reward.remote_url)
+    settings = {"gpu_memory_utilization": 0.5, "remote_rm_url": args.reward.remote_url}
+    engines = create_vllm_engines(1, 1, model, SEED, False, False, True, max_len, **settings)
     generator = SamplesGenerator(strategy, prompts, None, tokenizer, engines)
     samples, *_ = generator.generate_samples(
         max_new_tokens=args.rollout.max_new_tokens, max_len=max_len, temperature=1.0, top_p=1.0

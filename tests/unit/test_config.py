@@ -319,6 +319,11 @@ def test_faults_of_a_file_that_is_missing_and_of_flags_come_together():
             "Lower it, or use --depo.filter.rule utility.",
         ),
         (
+            {"filter.low": 0.5, "filter.high": 0.5},
+            "--depo.filter.low 0.5: must be below --depo.filter.high 0.5. "
+            "Lower it, or use --depo.filter.rule utility.",
+        ),
+        (
             {"filter.expected_keep_rate": 0.5},
             "--depo.filter.expected_keep_rate 0.5: has no meaning with --depo.filter.budget steps (default). "
             "Leave it at 1, or use --depo.filter.budget data.",
@@ -394,6 +399,7 @@ def test_a_section_that_is_no_mapping(yaml_file, section):
         ("filter.hihg", "Did you mean --depo.filter.high?"),
         ("filter.h", "Did you mean --depo.filter.high?"),
         ("low", "Did you mean --depo.filter.low?"),
+        ("lwo", "Did you mean --depo.filter.low?"),
         ("estimator.low", "Did you mean --depo.filter.low?"),
         ("max-scan", "Did you mean --depo.filter.max_scan?"),
         ("reward_rang", "Did you mean --depo.labels.reward_range?"),
@@ -519,7 +525,23 @@ def test_all_conflicts_come_at_once():
 
 # ---- Values out
 
-AWKWARD = ["null", "~", "2e-4", "010", "1:30", "yes", "é", "a: b", "#c", "'", "- x", "2026-02-06", ".inf", "a\nb"]
+AWKWARD = [
+    "null",
+    "~",
+    "2e-4",
+    "010",
+    "1:30",
+    "yes",
+    "é",
+    "a: b",
+    "#c",
+    "'",
+    "- x",
+    "2026-02-06",
+    ".inf",
+    "a\nb",
+    "a " * 99 + "b",
+]
 
 
 def any_value(leaf):
@@ -590,11 +612,18 @@ def test_a_namespace_holds_plain_values_and_ignores_what_is_beside_the_sections(
         config.from_namespace(ns)
 
 
-def test_texts_are_kept_as_they_are():
+@pytest.mark.parametrize("text", AWKWARD[1:])
+def test_texts_are_kept_as_they_are(yaml_file, text):
     assert config.SETTINGS["estimator.model"].kind.metavar == TEXT.metavar
-    for text in AWKWARD[2:]:
-        flat, _ = parse("--depo.estimator.model", text)
-        assert load_config(None, config.overrides_from_namespace(flat)).estimator.model == text
+    flat, _ = parse("--depo.estimator.model", text)
+    cfg = load_config(None, config.overrides_from_namespace(flat))
+    assert cfg.estimator.model == text
+    assert load_config(yaml_file(config.to_yaml(cfg)), {}) == cfg
+    assert all(re.match(r"$|\w+:$|  \w+: .+  # ", line) for line in config.to_yaml(cfg).splitlines())
+
+
+def test_a_dict_holds_what_json_has():
+    assert config.to_dict(DepoConfig())["labels"] == {"reward_range": [0.0, 1.0]}
 
 
 # ---- depo config

@@ -35,6 +35,7 @@ FLAGS = """
 --depo.estimator.num_cpus
 --depo.estimator.timeout_s
 --depo.estimator.updates_per_step
+--depo.estimator.replay
 --depo.history.kappa
 --depo.history.discount
 """.split()

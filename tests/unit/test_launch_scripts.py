@@ -1,7 +1,9 @@
 """The launch scripts: what they would run goes through OpenRLHF's real parser and validation."""
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,9 +98,6 @@ def test_math_reward(patched_copy):
         "r = f([p + a for p, a, *_ in cases], [c[0] for c in cases], [c[2] for c in cases]);"
         "assert r['scores'] is r['rewards']; print(r['rewards'].tolist())"
     )
-    import json
-    import sys
-
     out = subprocess.run(
         [sys.executable, "-c", code, str(script)],
         input=json.dumps(cases),

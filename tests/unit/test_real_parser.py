@@ -8,8 +8,8 @@ from depo_plugin import config
 pytestmark = pytest.mark.wheel
 
 BASE = (
-    "--actor.model_name_or_path m --reward.remote_url reward.py --data.prompt_dataset d --rollout.n_samples_per_prompt 8"
-    " --actor.num_gpus_per_node 1 --vllm.num_engines 1"
+    "--actor.model_name_or_path m --reward.remote_url reward.py --data.prompt_dataset d"
+    " --rollout.n_samples_per_prompt 8 --actor.num_gpus_per_node 1 --vllm.num_engines 1"
 ).split()
 DEPO = ["--advantage_estimator", "depo"]
 ONE_RESPONSE = ["--rollout.n_samples_per_prompt", "1"]
@@ -109,7 +109,7 @@ def test_depo_is_group_norm_and_settings(name, depo, plain):
     settings = args.pop("depo")
     assert settings.pop("enabled") is True
     assert settings == config.to_dict(config.DepoConfig())
-    # Everything OpenRLHF decides by the estimator's name is as for a plain launch: no critic, its checks, its branches.
+    # What OpenRLHF decides by the estimator's name is as for a plain launch: no critic, its checks, its branches.
     assert same_args(args) == same_args(plain["group_norm"].args)
 
 

@@ -1,0 +1,395 @@
+"""The difficulty estimator: what it believes of a prompt's pass rate, and how it learns from the groups that come.
+
+    score  (text + history) -> Beta(a, b) per prompt          record  what the loader scanned and kept, and why
+    observe  one step's labels: compare with what was predicted, remember, take one update -> metrics
+
+A plain object, no Ray. Every use of chance is seeded by (seed, use, update), so its state is a counter.
+Suffix: B = prompts of one call.
+"""
+
+import contextlib
+import time
+from collections import deque
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint as recompute
+
+from depo_plugin import __version__, encode
+from depo_plugin.checkpoint import CheckpointError
+from depo_plugin.config import DepoConfig
+from depo_plugin.filter import Reason, signal_probability
+from depo_plugin.history import PromptHistory, Scores, prompt_key
+from depo_plugin.labels import Label
+from depo_plugin.losses import losses
+from depo_plugin.metrics import prediction_metrics
+from depo_plugin.model import DifficultyModel, encoder_name, load_encoder, token_limit
+from depo_plugin.torch_backend import TorchBackend, load_optimizer_state, optimizer_state
+
+PRIOR_MIN = 1e-6  # σ(s) is kept this far from 0 and 1, so that Beta(a, b) stays one
+FORGET_AFTER = 100  # planned batches after which a kept prompt that never came back is given up
+RATE_KEPT = 0.9  # per step: the unfiltered effective ratio follows about the last ten steps
+RATE_MIN = 0.01  # an estimate at or below 0 (few explored groups) must not divide
+COUNTED = (Reason.EXPLORED, Reason.FORCED, Reason.UNSCORED)  # reasons that are metrics
+IDENTITY_FLAGS = {
+    "encoder": "--depo.estimator.model",
+    "hidden_size": "the encoder's width",
+    "vocab_size": "the encoder's vocabulary",
+    "group_size": "--rollout.n_samples_per_prompt",
+}
+
+
+class EstimatorError(RuntimeError):
+    """The estimator cannot give scores or cannot learn: a fault, never a "no" to a prompt."""
+
+
+class Stream(IntEnum):
+    """The estimator's uses of chance; the numbers follow the loader's."""
+
+    INIT = 10
+    DROPOUT = 11
+    REPLAY = 12
+
+
+class Kept(NamedTuple):
+    """What is remembered of a kept prompt until its group comes back.
+
+    plan: number of the planned batch. p, v: p̂ and V when it was decided, None without a usable score. q: keep
+    probability. share: kept/scanned for its weight. scanned, sum_p, sum_v: its part, one kept-th, of all that its
+    batch scanned and of their p̂ and V, so that a batch whose groups come back in several steps is spread over them.
+    """
+
+    plan: int
+    p: float | None
+    v: float | None
+    q: float
+    share: float
+    reason: str
+    scanned: float
+    sum_p: float
+    sum_v: float
+
+
+class DifficultyEstimator:
+    """Text encoder with heads, prompt history and records of decisions, behind score() and observe()."""
+
+    def __init__(self, cfg: DepoConfig, group_size: int, seed: int, strategy=None):
+        """Load the encoder and start with fresh heads.
+
+        group_size: responses per prompt (G); seed: of every use of chance; strategy: from
+        backends.deepspeed_strategy() to train in a DeepSpeed engine, None for plain torch on the CPU.
+        """
+        self._cfg, self._group_size, self._seed = cfg.estimator, group_size, seed
+        self.updates = 0
+        with self._seeded(Stream.INIT):
+            encoder, self._tokenizer = load_encoder(cfg.estimator.model)
+            model = DifficultyModel(encoder)
+        self._max_length = token_limit(encoder, self._tokenizer, cfg.estimator.max_length)
+        groups = self._param_groups(model)
+        if strategy is None:
+            self.backend = TorchBackend(model, groups, cfg.estimator.max_norm)
+        else:
+            from depo_plugin.backends import DeepSpeedBackend
+
+            self.backend = DeepSpeedBackend(model, groups, cfg.estimator.max_norm, strategy)
+        self._history = PromptHistory(cfg.history)
+        self._kept: dict[int, deque[Kept]] = {}
+        self._trained = np.empty(0, np.uint64)  # keys of prompts trained so far, sorted
+        self._counters = {"plan": 0, "empty_steps": 0, "rollouts_saved": 0.0, "rate_sum": 0.0, "rate_weight": 0.0}
+        self._unkept = [0, 0.0, 0.0]  # scanned, sum_p, sum_v of planned batches that kept nothing
+        self._recent: deque[Label] = deque(maxlen=cfg.estimator.replay)
+        self._time_score = 0.0
+        self._metrics: dict[str, float] = {}
+
+    # ── What the loader asks ──
+
+    def score(self, prompts: list[str], labels: list[str]) -> Scores:
+        """Return what is believed of each prompt's pass rate, from its text and its own history.
+
+        labels: the reference answers; with the prompt, they tell prompts apart. Raises EstimatorError on NaN.
+        """
+        start = time.perf_counter()
+        keys = [prompt_key(prompt, label) for prompt, label in zip(prompts, labels, strict=True)]
+        a_B, b_B = self._history.posterior(keys, self._prior(prompts), self.updates)
+        self._time_score += time.perf_counter() - start
+        return Scores(a_B, b_B, self.updates)
+
+    def record(self, records: list[dict]) -> None:
+        """Remember one planned batch: its kept prompts one by one, all it scanned as sums.
+
+        records: one per scanned candidate: key, p, v, q, keep, reason and share (see loader._record).
+        """
+        self._counters["plan"] += 1
+        plan = self._counters["plan"]
+        kept = [one for one in records if one["keep"]]
+        sums = (len(records), sum(one["p"] or 0.0 for one in records), sum(one["v"] or 0.0 for one in records))
+        sums = [new + old for new, old in zip(sums, self._unkept, strict=True)]
+        self._unkept = [0, 0.0, 0.0] if kept else sums
+        parts = [total / max(1, len(kept)) for total in sums]
+        for one in kept:
+            entry = Kept(plan, one["p"], one["v"], one["q"], one["share"], str(one["reason"]), *parts)
+            self._kept.setdefault(one["key"], deque()).append(entry)
+        fresh = {key: deque(e for e in entries if e.plan > plan - FORGET_AFTER) for key, entries in self._kept.items()}
+        self._kept = {key: entries for key, entries in fresh.items() if entries}
+
+    def keep_weights(self, prompts: list[str], labels: list[str]) -> tuple[list[float], list[float]]:
+        """Return q_B and share_B of kept prompts, what advantage.weights() takes; (1, 1) where not on record.
+
+        Where a prompt occurs twice, its oldest decision comes first. Asked before observe(), which takes its groups'
+        decisions off the record.
+        """
+        found, taken = [], {}
+        for prompt, label in zip(prompts, labels, strict=True):
+            key = prompt_key(prompt, label)
+            entries, place = self._kept.get(key, ()), taken.get(key, 0)
+            taken[key] = place + 1
+            found.append((entries[place].q, entries[place].share) if place < len(entries) else (1.0, 1.0))
+        return [q for q, _ in found], [share for _, share in found]
+
+    # ── What comes back ──
+
+    def observe(self, labels: list[Label]) -> dict[str, float]:
+        """Learn from one step's groups; return the step's metrics (metrics.NAMES).
+
+        The prediction that is judged was made before these groups were learned from: the one the decision was made
+        by, or a fresh one where that is not on record. No labels: nothing is learned, and it is counted.
+        """
+        if not labels:
+            self._counters["empty_steps"] += 1
+            self._metrics = self._totals()
+            return self.metrics()
+        for label in labels:
+            if not (0.0 <= label.y <= 1.0 and label.n >= 1):
+                raise ValueError(f"label of {label.prompt[:80]!r}: y {label.y} not in [0, 1], or n {label.n} < 1.")
+        keys = [prompt_key(label.prompt, label.label) for label in labels]
+        y_B, n_B = np.array([label.y for label in labels]), np.array([label.n for label in labels], np.float64)
+        signal_B = np.array([label.signal for label in labels])
+        kept = [self._take(key) for key in keys]
+
+        prior_B = self._prior([label.prompt for label in labels])
+        a_B, b_B = self._history.posterior(keys, prior_B, self.updates)
+        fresh = zip(a_B / (a_B + b_B), signal_probability(a_B, b_B, self._group_size), strict=True)
+        decided = [(e.p, e.v) if e and e.p is not None else new for e, new in zip(kept, fresh, strict=True)]
+        p_B, v_B = np.array(decided, np.float64).T
+        metrics = prediction_metrics(p_B, v_B, y_B, signal_B)
+        metrics |= self._stream_metrics(kept, y_B, signal_B)
+
+        self._history.update(keys, prior_B, y_B * n_B, n_B, self.updates)
+        trained = [key for key, label in zip(keys, labels, strict=True) if label.d is not None]
+        self._trained = np.union1d(self._trained, np.array(trained, np.uint64))
+        metrics |= self._learn(labels)
+        self._recent.extend(labels)
+        self.updates += 1
+        self._metrics = metrics | self._totals() | {"time_score": self._time_score}
+        self._time_score = 0.0
+        return self.metrics()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the last step's metrics."""
+        return dict(self._metrics)
+
+    def _take(self, key: int) -> Kept | None:
+        """Return the oldest decision on record for this prompt and take it off."""
+        entries = self._kept.get(key)
+        if not entries:
+            return None
+        entry = entries.popleft()
+        if not entries:
+            del self._kept[key]
+        return entry
+
+    def _stream_metrics(self, kept: list[Kept | None], y_B: np.ndarray, signal_B: np.ndarray) -> dict[str, float]:
+        """Say what the unfiltered stream would have given, from the decisions behind these groups.
+
+        DESIGN, "The filter": (Σ scanned p̂ + Σ kept (y − p̂)/q) / scanned, and the same with V and whether there was a
+        signal for the effective ratio r₀, faded over steps. Forced prompts were not drawn by chance: their outcomes
+        are outside both corrections.
+        """
+        known = [(e, y, signal) for e, y, signal in zip(kept, y_B, signal_B, strict=True) if e is not None]
+        reasons = [e.reason for e, _, _ in known]
+        metrics = {"kept": len(known), "unmatched": len(kept) - len(known)}
+        metrics |= {reason.value: reasons.count(reason.value) for reason in COUNTED}
+        scanned = sum(e.scanned for e, _, _ in known)
+        totals = self._counters
+        if scanned:
+            drawn = [(e, y, signal) for e, y, signal in known if e.reason != Reason.FORCED.value]
+            reward = sum(e.sum_p for e, _, _ in known) + sum((y - (e.p or 0.0)) / e.q for e, y, _ in drawn)
+            signals = sum(e.sum_v for e, _, _ in known) + sum((s - (e.v or 0.0)) / e.q for e, _, s in drawn)
+            metrics |= {"scanned": scanned, "keep_rate": len(known) / scanned, "reward_unfiltered": reward / scanned}
+            totals["rate_sum"] = RATE_KEPT * totals["rate_sum"] + signals
+            totals["rate_weight"] = RATE_KEPT * totals["rate_weight"] + scanned
+        if totals["rate_weight"]:
+            rate = min(max(totals["rate_sum"] / totals["rate_weight"], RATE_MIN), 1.0)
+            metrics["effective_gain"] = float(signal_B.mean()) / rate
+            totals["rollouts_saved"] += self._group_size * (float(signal_B.sum()) / rate - len(kept))
+        return {name: float(value) for name, value in metrics.items()}
+
+    def _totals(self) -> dict[str, float]:
+        """Return the metrics that exist with or without labels."""
+        return {
+            "kappa": self._history.kappa,
+            "distinct": float(len(self._trained)),
+            "rollouts_saved": self._counters["rollouts_saved"],
+            "empty_steps": float(self._counters["empty_steps"]),
+            "updates": float(self.updates),
+        }
+
+    # ── The model ──
+
+    @contextlib.contextmanager
+    def _seeded(self, stream: Stream, number: int = 0):
+        """Draw from this use's own stream inside, leave torch's global ones as they were."""
+        backend = getattr(self, "backend", None)  # none while the first weights are drawn, on the CPU
+        gpus = [backend.device] if backend is not None and backend.device.type == "cuda" else []
+        seed = int(np.random.SeedSequence([self._seed, stream, number]).generate_state(1, np.uint64)[0])
+        with torch.random.fork_rng(devices=gpus):
+            # Not torch.manual_seed(): it seeds every GPU of the process, and fork_rng gives back only these.
+            torch.default_generator.manual_seed(seed)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(seed)
+            yield
+
+    def _param_groups(self, model: DifficultyModel) -> list[dict]:
+        cfg, encoder = self._cfg, list(model.encoder.parameters())
+        heads = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoder.")]
+        return [
+            {"params": encoder, "lr": cfg.lr * cfg.encoder_lr_ratio, "weight_decay": cfg.weight_decay},
+            {"params": heads, "lr": cfg.lr, "weight_decay": cfg.weight_decay},
+        ]
+
+    def _autocast(self):
+        return torch.autocast(self.backend.device.type, torch.bfloat16, enabled=self._cfg.dtype == "bf16")
+
+    def _logits(self, prompts: list[str], forward) -> torch.Tensor:
+        """Return score and confidence logits, float32 (2, B), computed in micro-batches."""
+        ids = encode.tokenize(self._tokenizer, prompts, self._max_length)
+        batches = encode.micro_batches(ids, self._cfg.micro_batch_size)
+        with self._autocast():
+            parts = [
+                torch.stack(
+                    forward(*encode.pad([ids[i] for i in batch], self._tokenizer.pad_token_id, self.backend.device))
+                )
+                for batch in batches
+            ]
+        back = torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.backend.device)
+        return torch.cat(parts, dim=1)[:, back]
+
+    def _prior(self, prompts: list[str]) -> np.ndarray:
+        """Return σ(s), what the text alone says of each pass rate, float64 (B,) inside (0, 1)."""
+        if not prompts:
+            return np.empty(0)
+        self.backend.model.eval()
+        with torch.no_grad():
+            s_B = self._logits(prompts, self.backend.forward)[0].double().cpu().numpy()
+        if not np.isfinite(s_B).all():
+            raise EstimatorError(
+                f"the estimator scored {int((~np.isfinite(s_B)).sum())} of {len(prompts)} prompts as NaN or infinite: "
+                "its weights are damaged. Lower --depo.estimator.lr, or use --depo.estimator.dtype fp32."
+            )
+        return np.clip(1 / (1 + np.exp(-s_B.clip(-30, 30))), PRIOR_MIN, 1 - PRIOR_MIN)
+
+    def _learn(self, labels: list[Label]) -> dict[str, float]:
+        """Take cfg.updates_per_step optimizer steps on these groups; return the last one's losses.
+
+        With cfg.replay each step learns from as many recent groups again, drawn without replacement.
+        """
+        self.backend.model.train()
+        try:
+            with torch.enable_grad():
+                for step in range(self._cfg.updates_per_step):
+                    number = self.updates * self._cfg.updates_per_step + step
+                    rng = np.random.default_rng([self._seed, Stream.REPLAY, number])
+                    again = rng.permutation(len(self._recent))[: len(labels)]
+                    with self._seeded(Stream.DROPOUT, number):
+                        found = self._step(labels + [self._recent[i] for i in again])
+        finally:
+            self.backend.model.eval()
+        return found
+
+    def _step(self, labels: list[Label]) -> dict[str, float]:
+        """Take one optimizer step; return its losses and gradient norm.
+
+        The loss is over the whole batch at any micro-batch size: with more than one micro-batch their activations
+        are computed anew in the backward pass, so that memory holds one micro-batch's.
+        """
+        device = self.backend.device
+
+        def forward(input_ids, mask):
+            return recompute(self.backend.forward, input_ids, mask, use_reentrant=False)
+
+        whole = len(labels) <= self._cfg.micro_batch_size
+        s_B, c_B = self._logits([label.prompt for label in labels], self.backend.forward if whole else forward)
+        y_B = torch.tensor([label.y for label in labels], dtype=torch.float32, device=device)
+        d = [float("nan") if label.d is None else label.d for label in labels]
+        parts = losses(s_B, c_B, y_B, torch.tensor(d, dtype=torch.float32, device=device), self._cfg)
+        if not parts.total.isfinite():
+            raise EstimatorError(
+                f"the estimator's loss is {parts.total.item()} at update {self.updates}: nothing was learned from it. "
+                "Lower --depo.estimator.lr, or use --depo.estimator.dtype fp32."
+            )
+        grad_norm = self.backend.step(parts.total)
+        score, distill, rank = (part.item() for part in parts[1:])
+        return {
+            "loss": parts.total.item(),
+            "loss_score": score,
+            "loss_distill": distill,
+            "loss_rank": rank,
+            "grad_norm": grad_norm,
+        }
+
+    # ── State ──
+
+    def _identity(self) -> dict:
+        """Return what a state belongs to: weights of any other encoder or labels of other groups do not fit."""
+        config = self.backend.model.encoder.config
+        return {
+            "encoder": encoder_name(self._cfg.model),
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "group_size": self._group_size,
+        }
+
+    def state_dict(self) -> dict:
+        """Return all that can change a later score or update, as copies."""
+        model = self.backend.model
+        return {
+            "identity": self._identity() | {"version": __version__},
+            "model": {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()},
+            "optimizer": optimizer_state(model, self.backend.optimizer),
+            "history": self._history.state_dict(),
+            "records": [[key, *entry] for key, entries in self._kept.items() for entry in entries],
+            "unkept": list(self._unkept),
+            "trained": self._trained.copy(),
+            "recent": [list(vars(label).values()) for label in self._recent],
+            "counters": dict(self._counters),
+            "rng": self._seed,
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up a state_dict(). Raises CheckpointError where it is of another estimator or not whole."""
+        expected = set(self.state_dict())
+        if set(state) != expected:
+            raise CheckpointError(
+                f"estimator checkpoint: missing {sorted(expected - set(state))}, unexpected "
+                f"{sorted(set(state) - expected)}. It was written by another version of openrlhf-depo."
+            )
+        own, found = self._identity(), state["identity"]
+        if other := [name for name in own if found.get(name) != own[name]]:
+            raise CheckpointError(
+                "the estimator checkpoint belongs to another estimator: "
+                + "; ".join(f"{IDENTITY_FLAGS[name]} was {found.get(name)}, is {own[name]}" for name in other)
+                + ". Resume with the values it was written with, or remove the folder depo under --ckpt.path."
+            )
+        self.backend.model.load_state_dict(state["model"])
+        load_optimizer_state(self.backend.model, self.backend.optimizer, state["optimizer"])
+        self._history.load_state_dict(state["history"])
+        self._kept = {}
+        for key, *entry in state["records"]:
+            self._kept.setdefault(key, deque()).append(Kept(*entry))
+        self._unkept, self._trained = list(state["unkept"]), np.array(state["trained"], np.uint64)
+        self._recent = deque((Label(*label) for label in state["recent"]), maxlen=self._cfg.replay)
+        self._counters, self._seed, self.updates = dict(state["counters"]), state["rng"], state["updates"]

@@ -1,0 +1,171 @@
+"""The filter's pure functions, against exact fractions, simulation and hand-made cases."""
+
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from depo_plugin.config import SETTINGS, FilterConfig
+from depo_plugin.filter import RULES, Decision, Reason, decide, fill_up, keep_all, keep_share, signal_probability
+
+WINDOW = FilterConfig(rule="window", low=0.25, high=0.75, epsilon=0.1)
+
+
+def exact_signal_probability(a: float, b: float, group_size: int) -> Fraction:
+    """1 − Π (a+i)/(a+b+i) − Π (b+i)/(a+b+i) without rounding."""
+    a, b = Fraction(a), Fraction(b)
+    right, wrong = Fraction(1), Fraction(1)
+    for i in range(group_size):
+        right *= (a + i) / (a + b + i)
+        wrong *= (b + i) / (a + b + i)
+    return 1 - right - wrong
+
+
+def u(p, group_size):
+    """The chance of a mixed group where the pass rate is known to be p."""
+    return 1 - p**group_size - (1 - p) ** group_size
+
+
+def beliefs(*p, strength=8.0):
+    p = np.array(p)
+    return strength * p, strength * (1 - p)
+
+
+evidence = st.one_of(st.floats(1e-6, 1e6), st.floats(0.01, 50), st.just(0.0))
+
+
+@settings(deadline=None, max_examples=300)
+@given(a=evidence, b=evidence.filter(lambda x: x > 0), group_size=st.integers(2, 128))
+def test_signal_probability_equals_the_exact_product(a, b, group_size):
+    exact = float(exact_signal_probability(a, b, group_size))
+    assert signal_probability(a, b, group_size) == pytest.approx(exact, rel=1e-9, abs=1e-14)
+    assert signal_probability(b, a, group_size) == pytest.approx(exact, rel=1e-9, abs=1e-14)
+
+
+def test_signal_probability_keeps_its_digits_where_nearly_all_groups_are_alike():
+    """To first order in b, V = b · Σ_{i<G} 1/(a+i): here 8e-12, where 1 − P − Q in float64 would be off by 1e-16."""
+    assert signal_probability(1e6, 1e-6, 8) == pytest.approx(float(exact_signal_probability(1e6, 1e-6, 8)), rel=1e-10)
+    assert signal_probability(1e6, 1e-6, 8) == pytest.approx(8e-12, rel=1e-4)
+
+
+def test_signal_probability_is_the_rate_of_mixed_groups_in_simulation():
+    rng = np.random.default_rng(0)
+    for a, b, group_size in [(0.4, 0.4, 8), (3.0, 1.0, 4), (20.0, 2.0, 16)]:
+        successes = rng.binomial(group_size, rng.beta(a, b, 200_000))
+        mixed = np.mean((successes > 0) & (successes < group_size))
+        assert signal_probability(a, b, group_size) == pytest.approx(mixed, abs=4 * 0.5 / np.sqrt(200_000))
+
+
+@pytest.mark.parametrize("group_size", [2, 8, 128])
+def test_with_much_evidence_it_becomes_u_of_the_pass_rate(group_size):
+    """V(κp, κ(1−p)) → u(p) with κ; the gap is of order G²/κ."""
+    p = np.linspace(0, 1, 21)
+    for kappa in (1e6, 1e9):
+        v = signal_probability(kappa * p, kappa * (1 - p), group_size)
+        np.testing.assert_allclose(v, u(p, group_size), atol=group_size**2 / kappa)
+
+
+def test_after_one_group_all_correct_u_of_the_mean_is_too_hopeful():
+    """DESIGN's example: a U-shaped pool, Beta(0.36, 0.36), and one group of 8, all correct."""
+    rng = np.random.default_rng(0)
+    pool = rng.beta(0.36, 0.36, 400_000)
+    first, second = (rng.binomial(8, pool) for _ in range(2))
+    truth = np.mean((second[first == 8] > 0) & (second[first == 8] < 8))
+    assert truth == pytest.approx(0.22, abs=0.01)
+    assert signal_probability(8.36, 0.36, 8) == pytest.approx(truth, abs=0.005)
+    assert u(9 / 10, 8) == pytest.approx(0.57, abs=0.005)  # p̂ with a flat prior
+
+
+def test_beliefs_that_are_no_distribution_have_no_value():
+    v = signal_probability([1.0, np.nan, np.inf, -1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 2.0, 0.0, 3.0], 8)
+    assert np.isnan(v).tolist() == [False, True, True, True, True, False]
+    assert v[5] == 0  # no evidence of any success: all wrong for certain
+
+
+def test_one_response_never_has_a_signal():
+    assert signal_probability(3.0, 4.0, 1) == 0
+
+
+def test_the_rules_are_those_of_the_setting():
+    assert set(RULES) == set(SETTINGS["filter.rule"].kind.choices)
+
+
+def test_window_keeps_its_bounds():
+    a, b = beliefs(0.0, 0.24, 0.25, 0.5, 0.75, 0.76, 1.0)
+    decisions = decide(a, b, WINDOW, 8, np.full(7, 0.99))
+    assert [d.keep for d in decisions] == [False, False, True, True, True, False, False]
+    assert {(d.q, d.reason) for d in decisions if d.keep} == {(1.0, Reason.PASSED)}
+    assert {(d.q, d.reason) for d in decisions if not d.keep} == {(0.1, Reason.REJECTED)}
+
+
+def test_utility_asks_for_the_expected_signal_not_for_the_mean():
+    """p̂ = 0.9 twice: with little evidence a group of 8 is more often all right than with much.
+
+    V(0.9, 0.1) = 1 − Π (0.9+i)/(1+i) − Π (0.1+i)/(1+i) = 0.228, V(900, 100) ≈ u(0.9) = 0.57.
+    """
+    cfg = FilterConfig(rule="utility", min_utility=0.5, low=0.0, high=0.0, epsilon=0.0)
+    decisions = decide(np.array([0.9, 900.0]), np.array([0.1, 100.0]), cfg, 8, np.zeros(2))
+    assert float(exact_signal_probability(0.9, 0.1, 8)) == pytest.approx(0.228, abs=1e-3)
+    assert [d.keep for d in decisions] == [False, True]
+
+
+def test_exploration_keeps_what_the_draw_says_with_that_probability():
+    a, b = beliefs(0.1, 0.1, 0.1, 0.5)
+    decisions = decide(a, b, WINDOW, 8, np.array([0.0, 0.0999, 0.1, 0.0]))
+    explored = Decision(True, 0.1, Reason.EXPLORED)
+    assert decisions == [explored, explored, Decision(False, 0.1, Reason.REJECTED), Decision(True, 1.0, Reason.PASSED)]
+
+
+def test_without_epsilon_nothing_is_explored():
+    decisions = decide(*beliefs(0.1), FilterConfig(epsilon=0.0), 8, np.zeros(1))
+    assert [d.keep for d in decisions] == [False]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_nan_is_kept_and_named_never_a_no(rule):
+    cfg = FilterConfig(rule=rule, epsilon=0.0)
+    decisions = decide(np.array([np.nan, 0.01, 0.0]), np.array([1.0, 9.0, 0.0]), cfg, 8, np.full(3, 0.5))
+    assert [d.reason for d in decisions] == [Reason.UNSCORED, Reason.REJECTED, Reason.UNSCORED]
+    assert decisions[0] == keep_all(1, Reason.UNSCORED)[0] == Decision(True, 1.0, Reason.UNSCORED)
+
+
+def test_scores_of_another_length_are_refused():
+    with pytest.raises(ValueError, match=r"a \(2,\), b \(2,\) and uniform \(3,\)"):
+        decide(np.ones(2), np.ones(2), WINDOW, 8, np.zeros(3))
+
+
+def test_fill_up_takes_the_best_rejected_ones():
+    yes, no = Decision(True, 1.0, Reason.PASSED), Decision(False, 0.1, Reason.REJECTED)
+    filled = fill_up([no, yes, no, no, no], [0.2, None, 0.3, 0.2, 0.1], 2)
+    assert [d.reason.value for d in filled] == ["forced", "passed", "forced", "rejected", "rejected"]
+    assert filled[0] == Decision(True, 1.0, Reason.FORCED)
+    assert [d.keep for d in fill_up([no, no], [0.1, 0.2], 5)] == [True, True]
+    assert [d.keep for d in fill_up([no] * 100, [0.1] * 100, 3)] == [True] * 3 + [False] * 97
+
+
+@pytest.mark.parametrize(("keep_rate", "wanted"), [(Fraction(1, 20), 4), (Fraction(1, 2), 2), (Fraction(9, 10), 16)])
+def test_the_share_of_a_batch_that_stopped_at_its_last_kept_is_unbiased(keep_rate, wanted):
+    """P(scanned = n) = C(n−1, B−1) r^B (1−r)^(n−B), so E[share] must be r; E[kept/scanned] is above it."""
+
+    def expectation(share):
+        chances = (
+            (n, comb(n - 1, wanted - 1) * float(keep_rate) ** wanted * float(1 - keep_rate) ** (n - wanted))
+            for n in range(wanted, 40 * wanted + 400)
+        )
+        return sum(chance * share(wanted, n, True) for n, chance in chances)
+
+    assert expectation(keep_share) == pytest.approx(float(keep_rate), rel=1e-6)
+    assert expectation(lambda kept, scanned, _: kept / scanned) > float(keep_rate) * 1.004
+
+
+def test_the_share_of_a_scan_of_fixed_length_is_what_it_kept():
+    assert keep_share(3, 12, stopped=False) == 0.25
+    assert keep_share(1, 4, stopped=True) == 0.25
+    assert keep_share(8, 8, stopped=True) == keep_share(1, 1, stopped=True) == 1.0
+
+
+def test_reasons_print_as_the_metrics_they_count():
+    assert [f"{reason}" for reason in Reason] == ["warmup", "passed", "explored", "forced", "rejected", "unscored"]

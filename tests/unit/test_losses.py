@@ -1,0 +1,86 @@
+"""The losses against plain Python loops in float64 and numbers worked by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from depo_plugin.config import EstimatorConfig
+from depo_plugin.losses import distill_loss, losses, rank_loss, score_loss
+
+
+def bce(logit, target):
+    """−t·log σ(x) − (1−t)·log(1−σ(x)), one number."""
+    return target * math.log1p(math.exp(-logit)) + (1 - target) * math.log1p(math.exp(logit))
+
+
+def slow_total(s, c, y, d, cfg):
+    """The whole loss of DESIGN in plain Python."""
+    score = sum(bce(a, b) for a, b in zip(s, y, strict=True)) / len(s)
+    known = [(a, b) for a, b in zip(c, d, strict=True) if b is not None]
+    distill = sum(bce(a, b) for a, b in known) / len(known) if known else 0.0
+    pairs = [(i, j) for i in range(len(s)) for j in range(len(s)) if round(y[i] - y[j], 9) > cfg.rank_delta]
+    rank = sum(max(0.0, cfg.rank_margin - (s[i] - s[j])) for i, j in pairs) / len(pairs) if pairs else 0.0
+    return score + cfg.w_distill * distill + cfg.w_rank * rank, score, distill, rank
+
+
+def tensors(*columns):
+    return [torch.tensor([math.nan if v is None else v for v in column], dtype=torch.float32) for column in columns]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 40])
+@pytest.mark.parametrize("weights", [(0.5, 3.0), (0.0, 1.0), (2.0, 0.0)])
+def test_losses_equal_the_slow_reference(size, weights):
+    rng = np.random.default_rng(size)
+    cfg = EstimatorConfig(w_distill=weights[0], w_rank=weights[1])
+    s, c = rng.normal(0, 1, size).tolist(), rng.normal(0, 1, size).tolist()
+    y = (rng.integers(0, 21, size) / 20).tolist()  # groups of 20: many pairs differ by exactly δ = 0.05
+    d = [None if rng.random() < 0.3 else float(rng.uniform(1e-4, 1 - 1e-4)) for _ in range(size)]
+    found = losses(*tensors(s, c, y, d), cfg)
+    assert [part.item() for part in found] == pytest.approx(slow_total(s, c, y, d, cfg), rel=1e-5, abs=1e-6)
+
+
+def test_score_loss_by_hand():
+    """σ(0) = ½: BCE is log 2 whatever the target; σ(log 3) = ¾ against 1: log(4/3)."""
+    assert score_loss(*tensors([0.0, 0.0], [0.25, 1.0])).item() == pytest.approx(math.log(2))
+    assert score_loss(*tensors([math.log(3)], [1.0])).item() == pytest.approx(math.log(4 / 3))
+
+
+def test_distill_loss_is_over_the_known_alone():
+    c, d = tensors([0.0, 50.0, 0.0], [0.5, None, 0.9])
+    c.requires_grad_()
+    loss = distill_loss(c, d)
+    assert loss.item() == pytest.approx(math.log(2))
+    loss.backward()
+    assert c.grad[1] == 0
+    assert torch.isfinite(c.grad).all()
+
+
+def test_rank_loss_by_hand():
+    """y = 1, 0.5, 0 and s = 0.2, 0, 0.1 give pairs (0,1), (0,2), (1,2): relu of 0.5 − 0.2, 0.5 − 0.1, 0.5 + 0.1."""
+    s, y = tensors([0.2, 0.0, 0.1], [1.0, 0.5, 0.0])
+    assert rank_loss(s, y, delta=0.05, margin=0.5).item() == pytest.approx((0.3 + 0.4 + 0.6) / 3)
+    # Far enough apart and in order: nothing to learn.
+    s, y = tensors([3.0, 2.0, 1.0], [1.0, 0.5, 0.0])
+    assert rank_loss(s, y, delta=0.05, margin=0.5).item() == 0.0
+
+
+def test_a_difference_of_exactly_delta_is_no_pair_whatever_the_rounding():
+    """k/20 + 1/20 − k/20 is above 0.05 in float32 for some k and below for others."""
+    above = 0
+    for k in range(20):
+        s, y = tensors([0.0, 0.0], [(k + 1) / 20, k / 20])
+        above += bool((y[0] - y[1]) > 0.05)
+        assert rank_loss(s, y, delta=0.05, margin=0.5).item() == 0.0
+    assert 0 < above < 20
+
+
+def test_nothing_to_learn_from_is_zero_and_still_has_a_gradient():
+    for y, d in ([[0.5, 0.5], [None, None]], [[0.3], [None]]):
+        s, c = (torch.zeros(len(y), requires_grad=True) for _ in range(2))
+        found = losses(s, c, *tensors(y, d), EstimatorConfig())
+        assert found.distill.item() == found.rank.item() == 0.0
+        found.total.backward()
+        assert torch.isfinite(s.grad).all()
+        assert (c.grad == 0).all()

