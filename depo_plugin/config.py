@@ -90,7 +90,7 @@ class EstimatorConfig:
 
     model: str | None = setting(None, "encoder, path or hub name (none: the bundled all-MiniLM-L6-v2)", or_none(TEXT))
     max_length: int = setting(512, "tokens of a prompt that are read, counted from its end", integer(8))
-    lr: float = setting(2e-4, "learning rate of the heads", POSITIVE)
+    lr: float = setting(5e-4, "learning rate of the heads", POSITIVE)
     encoder_lr_ratio: float = setting(0.2, "the encoder's learning rate, as a multiple of lr", NOT_NEGATIVE)
     weight_decay: float = setting(0.01, "AdamW's weight decay", NOT_NEGATIVE)
     max_norm: float = setting(1.0, "gradient norm above which gradients are scaled down", POSITIVE)
@@ -103,8 +103,8 @@ class EstimatorConfig:
     num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
     num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
     timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
-    updates_per_step: int = setting(1, "estimator updates per training step", integer(1))
-    replay: int = setting(0, "recent groups that updates learn from again (0: none, the paper)", integer(0))
+    updates_per_step: int = setting(2, "estimator updates per training step", integer(1))
+    replay: int = setting(256, "recent groups that updates learn from again (0: none, the paper)", integer(0))
 
 
 @dataclass(frozen=True)

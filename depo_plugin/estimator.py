@@ -207,7 +207,8 @@ class DifficultyEstimator:
         signal for the effective ratio r₀, faded over steps. Forced prompts were not drawn by chance: their outcomes
         are outside both corrections.
         """
-        known = [(e, y, signal) for e, y, signal in zip(kept, y_B, signal_B, strict=True) if e is not None]
+        groups = zip(kept, y_B.tolist(), signal_B.tolist(), strict=True)
+        known = [(e, y, signal) for e, y, signal in groups if e is not None]
         reasons = [e.reason for e, _, _ in known]
         metrics = {"kept": len(known), "unmatched": len(kept) - len(known)}
         metrics |= {reason.value: reasons.count(reason.value) for reason in COUNTED}

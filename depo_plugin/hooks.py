@@ -16,6 +16,7 @@ Only this module's light parts run without `--advantage_estimator depo`; the res
 
 import hashlib
 import importlib.util
+import inspect
 import logging
 import os
 import sys
@@ -33,13 +34,30 @@ SITES = {
     "SamplesGenerator": "trainer/ppo_utils/samples_generator.py",
 }
 
+# What the call sites take from OpenRLHF: module -> function or class -> its parameters (a dataclass has its fields).
+SIGNATURES = {
+    "openrlhf.trainer.ppo_trainer": {
+        "prepare_datasets": ["strategy", "tokenizer"],
+        "BasePPOTrainer.train_step": ["rollout_samples", "global_step"],
+        "BasePPOTrainer.save_logs_and_checkpoints": ["global_step", "client_states"],
+        "BasePPOTrainer.save_best_checkpoint": ["global_step", "client_states"],
+        "BasePPOTrainer.init_checkpoint_states": [],
+    },
+    "openrlhf.trainer.ppo_utils.samples_generator": {
+        "SamplesGenerator._generate_vllm": ["dataloader_iter", "num_prompts", "dynamic_filtering"],
+    },
+    "openrlhf.trainer.ppo_utils.experience": {
+        "Experience": "index prompts labels scores rewards advantages action_log_probs action_mask".split(),
+    },
+}
+
 # What one process holds between two calls. driver_actor: the actor's owner; handle: the way to the estimator;
 # loader: this process's DifficultyFilteredLoader; rejected: labels of groups that dynamic filtering threw away.
 _process = SimpleNamespace(driver_actor=None, handle=None, loader=None, pending_metrics=None, dropped=0, warned=False)
 
 
 class SeamError(RuntimeError):
-    """A part of the run would go on without DEPO: a process imports an OpenRLHF that is not patched as the driver's."""
+    """DEPO and this OpenRLHF do not fit together: a signature is another, or a process runs an unpatched copy."""
 
 
 # ── Driver: flags ──
@@ -98,8 +116,29 @@ def _snapshot_root(args) -> str:
     return os.path.join(os.path.abspath(args.ckpt.path), "depo")
 
 
+def check_signatures() -> None:
+    """Raise SeamError, naming all that is missing, where OpenRLHF has not what the call sites take from it."""
+    from depo_plugin import patching
+
+    faults = []
+    for module, targets in SIGNATURES.items():
+        for name, needed in targets.items():
+            found = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part, None)
+            if found is None:
+                faults.append(f"{module} has no {name!r}")
+            else:
+                given = inspect.signature(found).parameters
+                faults += [f"{name} has no {parameter!r}" for parameter in needed if parameter not in given]
+    if faults:
+        supported = ", ".join(patching.releases())
+        raise SeamError(f"{'; '.join(faults)}. Supported: OpenRLHF {supported}. Run: depo patch --check")
+
+
 def start_estimator(strategy, placement_group) -> None:
     """Start the estimator's actor before the trainer's; placement_group: the one everything shares, or None."""
+    check_signatures()
     from depo_plugin import remote
 
     args = strategy.args
@@ -183,7 +222,8 @@ def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
     """Return the loader that draws only prompts worth a rollout, and the steps the schedule is made for.
 
     prompts_dataloader: OpenRLHF's StatefulDataLoader of one prompt a batch; max_steps: OpenRLHF's; path: the calling
-    file. With budget `data` fewer steps are made, by expected_keep_rate.
+    file. With budget `steps` an episode makes at least one full batch, also from a pool smaller than that; with budget
+    `data` fewer steps are made, by expected_keep_rate.
     """
     from depo_plugin.loader import DifficultyFilteredLoader
 
@@ -198,9 +238,11 @@ def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
         seed=args.train.seed,
         num_episodes=args.train.num_episodes,
     )
+    samples = len(_process.loader) * args.rollout.n_samples_per_prompt
+    steps = samples // args.train.batch_size * args.train.num_episodes * args.train.max_epochs
     if cfg.filter.budget == "data":
-        max_steps = max(1, int(max_steps * cfg.filter.expected_keep_rate))
-    return _process.loader, max_steps
+        return _process.loader, max(1, int(steps * cfg.filter.expected_keep_rate))
+    return _process.loader, max(max_steps, steps)
 
 
 def reject(args, experiences) -> None:
@@ -210,6 +252,9 @@ def reject(args, experiences) -> None:
     label = labels.from_rejected(experiences, args.depo.labels.reward_range)
     if label is not None:
         _handle(args).reject(label)
+    else:
+        _process.dropped += 1
+        _check_range(args, [], 1)
     _process.loader.refund(1)
 
 
@@ -267,11 +312,12 @@ def observe(args, experiences, step: int) -> None:
     _process.pending_metrics = _handle(args).observe(groups)
 
 
-def _check_range(args, groups, dropped, step):
+def _check_range(args, groups, dropped, step=None):
     if not dropped or _process.warned:
         return
     low, high = args.depo.labels.reward_range
-    message = f"{dropped} of {dropped + len(groups)} groups have scores outside --depo.labels.reward_range {low} {high}"
+    total = dropped + len(groups)
+    message = f"{dropped} of {total} groups have scores outside --depo.labels.reward_range {low} {high}"
     if not groups and step == 1:
         raise RuntimeError(f"DEPO: {message}, in the whole first batch. Set the range your rewards are in.")
     logger.warning("DEPO: %s (or not finite): they are not learned from. Set the range your rewards are in.", message)

@@ -250,7 +250,7 @@ class DifficultyFilteredLoader:
                     break
         full = kept == wanted
         # No scan is longer than a pass, so with budget data the first of an episode always gives a batch.
-        forced = not full and len(scanned) == self._scan_limit
+        forced = not full and len(scanned) >= self._scan_limit  # more, where a resumed run lowers max_scan
         share = keep_share(kept, len(scanned), stopped=full) if kept else 1.0
         if forced:
             decisions = fill_up([c.decision for c in scanned], [c.v for c in scanned], wanted - kept)

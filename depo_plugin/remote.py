@@ -138,10 +138,11 @@ def create(args, group_size: int, snapshot_root: str, placement_group=None):
         ray.get(actor.reports.remote(), timeout=PLACEMENT_TIMEOUT_S)
     except GetTimeoutError:
         ray.kill(actor)
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         raise RuntimeError(
             f"DEPO: the difficulty estimator was not placed within {PLACEMENT_TIMEOUT_S} s. It asks for "
             f"--depo.estimator.num_gpus {settings.num_gpus} and --depo.estimator.num_cpus {settings.num_cpus}; the "
-            f"cluster has free: {ray.available_resources()}. Lower one of the two or add resources."
+            f"cluster has free: {free}. Lower one of the two or add resources."
         ) from None
     ray.get(actor.build.remote())
     return actor

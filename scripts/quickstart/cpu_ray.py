@@ -37,11 +37,15 @@ def stack_env(python_path=PATCHED, **extra) -> dict[str, str]:
     """Return the environment for Ray and the launch; python_path: the folder that holds the patched openrlhf."""
     paths = [str(python_path), os.environ.get("PYTHONPATH", "")]
     bin_dir = str(Path(sys.executable).parent)
-    return os.environ | STACK_ENV | {
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "PATH": bin_dir + os.pathsep + os.environ["PATH"],
-        **extra,
-    }
+    return (
+        os.environ
+        | STACK_ENV
+        | {
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "PATH": bin_dir + os.pathsep + os.environ["PATH"],
+            **extra,
+        }
+    )
 
 
 def own_processes(mark: str, session: int) -> list[int]:

@@ -182,8 +182,10 @@ def main() -> int:
     reward_log = args.out / "rollouts.jsonl"
     reward_log.unlink(missing_ok=True)
     flags = launch_flags(args, preset, model, data, episodes)
-    say(f"Training {args.model} with {args.method}: {args.steps} steps of {preset.batch_size} prompts x "
-        f"{preset.group_size} samples, {prompts} prompts in the pool; log: {args.out / 'train.log'}")
+    say(
+        f"Training {args.model} with {args.method}: {args.steps} steps of {preset.batch_size} prompts x "
+        f"{preset.group_size} samples, {prompts} prompts in the pool; log: {args.out / 'train.log'}"
+    )
     say("Starting Ray, vLLM and DeepSpeed (1 to 3 minutes the first time: DeepSpeed compiles its CPU operators)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

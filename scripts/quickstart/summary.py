@@ -5,7 +5,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -76,8 +76,9 @@ def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[st
         rates = [row["rollout/reward_mean"] for row in steps]
     ends = max(1, len(rates) // 8)
     held_out = f"; held-out problems {evals[0]:.3f} -> {evals[-1]:.3f}" if evals else ""
+    seconds = median(row["timing/step_total"] for row in steps)
     return [
-        f"steps                  {len(steps)}, median {sorted(r['timing/step_total'] for r in steps)[len(steps) // 2]:.1f} s",
+        f"steps                  {len(steps)}, median {seconds:.1f} s",
         f"keep rate              {kept}",
         f"groups with signal     {ratio}",
         f"{'dynamic would pay more' if method == 'depo' else 'rollouts              '} {more}",

@@ -16,7 +16,7 @@ import torch
 SEED = 5
 
 
-class Parsed(Exception):  # noqa: N818
+class Parsed(Exception):
     """Carries the validated arguments out of OpenRLHF's train()."""
 
 

@@ -1,12 +1,12 @@
-"""DEPO switched on, in the real stack: it learns, it filters before the rollout, it resumes, it refuses half a seam."""
+"""DEPO switched on in the real stack: it learns, filters before the rollout, resumes, refuses half a seam."""
 
 from collections import Counter
 from statistics import fmean
 
 import numpy as np
 import pytest
-from conftest import BATCH, EVAL, GROUP, POOL, QUICKSTART, STEPS, WARMUP, base_flags, cpu_ray, launch, problems
 from safetensors.torch import load_file
+from stack import BATCH, EVAL, GROUP, POOL, QUICKSTART, STEPS, WARMUP, base_flags, cpu_ray, launch, problems
 
 from depo_plugin import checkpoint
 
@@ -83,7 +83,7 @@ def test_resumed_run_goes_on_where_it_was_on_the_deepspeed_backend(depo_run, tmp
     saved = checkpoint.load(depo_run.out / "checkpoints" / "depo" / "global_step16")
     flags = base_flags(tmp_path / "resumed", "--ckpt.save_steps", "8", "--depo.filter.warmup_steps", str(WARMUP))
     flags += ["--ckpt.path", str(depo_run.out / "checkpoints"), "--ckpt.load_enable"]
-    resumed = launch(tmp_path / "resumed", [*flags, "--depo.estimator.num_gpus", "0.5"])
+    resumed = launch(tmp_path / "resumed", [*flags, "--depo.estimator.num_gpus", "0.5"], num_gpus=3)
     assert resumed.status == 0, resumed.output[-5000:]
     assert "DEPO: estimator resumed from global_step16" in resumed.output
     assert [row["step"] for row in resumed.steps] == list(range(17, STEPS + 1))
@@ -98,17 +98,17 @@ def test_resumed_run_goes_on_where_it_was_on_the_deepspeed_backend(depo_run, tmp
     assert resumed.metrics[0]["depo/pred_mean"] == pytest.approx(same["depo/pred_mean"], abs=1e-4)
 
 
-def test_ray_head_started_without_the_seam_is_refused_before_the_first_rollout(tmp_path, cpu_only_copy):
+def test_ray_head_started_without_the_seam_is_refused_before_the_first_rollout(tmp_path, plain_copy):
     """The driver has the patched copy; Ray's workers take the one of the head: a run that would be plain GRPO."""
     out = tmp_path / "unpatched head"
     run = launch(
         out,
         base_flags(out),
-        head_env={"PYTHONPATH": str(cpu_only_copy)},
+        head_env={"PYTHONPATH": str(plain_copy)},
         PYTHONPATH=cpu_ray.stack_env()["PYTHONPATH"],
     )
     assert run.status != 0
     assert "SeamError" in run.output
-    assert str(cpu_only_copy / "openrlhf") in run.output
+    assert str(plain_copy / "openrlhf") in run.output
     assert not run.steps
     assert not (out / "rollouts.jsonl").exists()

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import base_flags, cpu_ray, launch
 from safetensors.torch import load_file
+from stack import base_flags, cpu_ray, launch
 
 LIGHT = {"depo_plugin", *(f"depo_plugin.{name}" for name in ("hooks", "config", "kinds", "resources", "yaml_io"))}
 
@@ -23,10 +23,10 @@ def replayed(flags, rollouts, out: Path, copy: Path):
     return json.loads((out / "status.json").read_text()), load_file(out / "model" / "model.safetensors")
 
 
-def test_one_training_step_is_bit_identical_with_and_without_the_seam(tmp_path, cpu_only_copy):
+def test_one_training_step_is_bit_identical_with_and_without_the_seam(tmp_path, plain_copy):
     flags = base_flags(tmp_path / "data", method="grpo")
     rollouts = tmp_path / "rollouts.pt"
-    without, weights_without = replayed(flags, rollouts, tmp_path / "without", cpu_only_copy)
+    without, weights_without = replayed(flags, rollouts, tmp_path / "without", plain_copy)
     with_seam, weights_with = replayed(flags, rollouts, tmp_path / "with", cpu_ray.PATCHED)
     assert without["actor_grad_norm"] > 0
     assert with_seam == without

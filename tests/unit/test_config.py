@@ -60,7 +60,7 @@ def nested(values):
 
 
 def test_every_setting_has_help_a_kind_and_a_default_that_is_allowed():
-    assert len(config.SETTINGS) == 31
+    assert len(config.SETTINGS) == 32
     for leaf in config.SETTINGS.values():
         assert leaf.help
         assert "\n" not in leaf.help
@@ -76,7 +76,7 @@ def test_defaults_are_the_designs():
     cfg = load_config(None, {})
     assert cfg == DepoConfig()
     assert (cfg.filter.low, cfg.filter.high, cfg.filter.epsilon, cfg.filter.warmup_steps) == (0.15, 0.85, 0.05, 20)
-    assert (cfg.estimator.lr, cfg.estimator.w_rank, cfg.estimator.num_gpus) == (2e-4, 3.0, 0.0)
+    assert (cfg.estimator.w_rank, cfg.estimator.num_gpus) == (3.0, 0.0)
     assert (cfg.history.kappa, cfg.labels.reward_range, cfg.advantage.base) == ("fit", (0.0, 1.0), "group_norm")
 
 
@@ -144,7 +144,8 @@ def test_every_flag_is_read():
         "estimator.num_gpus": ("0.1", 0.1),
         "estimator.num_cpus": ("2", 2),
         "estimator.timeout_s": ("2.5", 2.5),
-        "estimator.updates_per_step": ("2", 2),
+        "estimator.updates_per_step": ("3", 3),
+        "estimator.replay": ("64", 64),
         "history.kappa": ("8", 8.0),
         "history.discount": ("1", 1.0),
     }
@@ -297,7 +298,7 @@ def test_all_faults_come_at_once_and_name_where_they_are_from(yaml_file):
             "--depo.filter.lwo: unknown setting. Did you mean --depo.filter.low?",
             "--depo.filter.low x (my.yaml): must be a number from 0 to 1. The default is 0.15.",
             "--depo.filter.max_scan 0: must be a whole number of at least 1. The default is 4.",
-            "--depo.estimator.lr -1 (my.yaml): must be a number above 0. The default is 0.0002.",
+            "--depo.estimator.lr -1 (my.yaml): must be a number above 0. The default is 0.0005.",
         ]
     )
 

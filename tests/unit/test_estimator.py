@@ -1,9 +1,10 @@
 """The estimator: exact gradients at any micro-batch size, honest predictions, records, and state.
 
-Most use a tiny random encoder with the real heads; one learns with the bundled one.
+Most use a tiny random encoder and narrow heads; one learns with the bundled one.
 """
 
 import copy
+import functools
 import random
 
 import numpy as np
@@ -19,6 +20,7 @@ from depo_plugin.estimator import DifficultyEstimator, EstimatorError
 from depo_plugin.filter import Reason, signal_probability
 from depo_plugin.history import PromptHistory, prompt_key
 from depo_plugin.labels import Label
+from depo_plugin.model import DifficultyModel
 
 GROUP = 4
 
@@ -29,12 +31,16 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def make(folder):
-    """make(lr=1e-3, kappa="inf", ...): an estimator of the tiny encoder; settings of both sections by name."""
+def make(folder, monkeypatch):
+    """make(lr=1e-3, kappa="inf", ...): an estimator of the tiny encoder; settings of both sections by name.
+
+    The trunk is 64 wide, not 1024: the same layers, 100 times fewer weights.
+    """
+    monkeypatch.setattr(estimator, "DifficultyModel", functools.partial(DifficultyModel, hidden=64))
 
     def build(seed=0, group_size=GROUP, kappa="fit", discount=0.98, **settings):
         cfg = DepoConfig(
-            estimator=EstimatorConfig(**({"model": folder} | settings)),
+            estimator=EstimatorConfig(**({"model": folder, "updates_per_step": 1, "replay": 0} | settings)),
             history=HistoryConfig(kappa=kappa, discount=discount),
         )
         return DifficultyEstimator(cfg, group_size, seed)
@@ -161,7 +167,7 @@ def test_recomputed_activations_draw_the_same_dropout(make, monkeypatch):
 
 
 def test_learns_to_tell_easy_from_hard_with_the_bundled_encoder():
-    """Sums of 1 to 6 digits, easy below 3 and impossible above: after 12 steps unseen ones are ranked."""
+    """Sums of 1 to 6 digits, easy below 3 and impossible above: after 8 steps unseen ones are ranked."""
 
     def draw(rng, count):
         made = []
@@ -172,11 +178,11 @@ def test_learns_to_tell_easy_from_hard_with_the_bundled_encoder():
         return made
 
     rng = np.random.default_rng(0)
-    cfg = DepoConfig(estimator=EstimatorConfig(lr=5e-4))
+    cfg = DepoConfig(estimator=EstimatorConfig(lr=3e-4, updates_per_step=1, replay=64))
     made = DifficultyEstimator(cfg, GROUP, seed=0)
     first = made.score(["1 + 1 =", "999 + 111 ="], ["2", "1110"])
     assert first.a / (first.a + first.b) == pytest.approx(0.5, abs=0.02)
-    for _ in range(12):
+    for _ in range(8):
         made.observe(draw(rng, 16))
     unseen = draw(rng, 48)
     scores = made.score([label.prompt for label in unseen], [label.label for label in unseen])
@@ -268,8 +274,9 @@ def test_scores_do_not_depend_on_company_or_order(make):
 
 def test_a_long_prompt_is_read_from_its_end(make):
     made = make(max_length=12)
-    ends = made.score(["x" * 500 + "12+34=5678", "y" * 90 + "12+34=5678", "x" * 500 + "98+34=5678"], [""] * 3).a
-    assert ends[0] == ends[1] != ends[2]
+    ends = made.score(["x " * 500 + "12+34=5678", "y " * 90 + "12+34=5678", "x " * 500 + "98+34=5678"], [""] * 3).a
+    assert ends[0] == pytest.approx(ends[1], rel=1e-8)
+    assert abs(ends[0] - ends[2]) > 1e-6 * ends[0]
 
 
 def test_what_is_judged_was_predicted_before_learning(make):
@@ -330,7 +337,7 @@ def test_nothing_that_is_not_finite_reaches_the_weights(make, fault):
     else:
         made.backend.model.score_head.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weights(made)
-    with pytest.raises((EstimatorError, RuntimeError), match="is nan|non-finite"):
+    with pytest.raises((EstimatorError, RuntimeError), match=r"is nan|non-finite"):
         made.observe(groups(4))
     assert all(torch.equal(value, weights(made)[name]) or value.isnan().all() for name, value in before.items())
     assert made.updates == 0
@@ -389,7 +396,7 @@ def test_an_impossible_label_is_refused_before_anything_is_learned(make):
 def test_every_metric_is_a_finite_float_with_a_documented_name(make):
     made = make()
     labels = groups(12)
-    made.record([record_of(label) for label in labels] + [rejected(0.1, 0.3, "9")])
+    made.record([record_of(label, p=i / 12) for i, label in enumerate(labels)] + [rejected(0.1, 0.3, "9")])
     found = made.observe(labels)
     assert set(found) <= set(metrics.NAMES)
     # What others add: the actor and the handle measure time.
@@ -472,7 +479,7 @@ def test_reward_unfiltered_is_unbiased_over_many_streams(make):
             p_true = rng.choice([0.0, 0.6])  # mean 0.3
             p = 0.7 if p_true else rng.choice([0.2, 0.6])
             label = group(f"{step}.{i}", int(rng.binomial(GROUP, p_true)))
-            passed, lucky = p >= 0.5, rng.random() < 0.25
+            passed, lucky = bool(p >= 0.5), bool(rng.random() < 0.25)
             reason = Reason.PASSED if passed else Reason.EXPLORED if lucky else Reason.REJECTED
             records.append(record_of(label, p=p, q=1.0 if passed else 0.25, keep=passed or lucky, reason=reason))
             labels += [label] * (passed or lucky)

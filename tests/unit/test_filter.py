@@ -37,7 +37,7 @@ def beliefs(*p, strength=8.0):
 evidence = st.one_of(st.floats(1e-6, 1e6), st.floats(0.01, 50), st.just(0.0))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(a=evidence, b=evidence.filter(lambda x: x > 0), group_size=st.integers(2, 128))
 def test_signal_probability_equals_the_exact_product(a, b, group_size):
     exact = float(exact_signal_probability(a, b, group_size))
@@ -143,7 +143,8 @@ def test_fill_up_takes_the_best_rejected_ones():
     assert [d.reason.value for d in filled] == ["forced", "passed", "forced", "rejected", "rejected"]
     assert filled[0] == Decision(True, 1.0, Reason.FORCED)
     assert [d.keep for d in fill_up([no, no], [0.1, 0.2], 5)] == [True, True]
-    assert [d.keep for d in fill_up([no] * 100, [0.1] * 100, 3)] == [True] * 3 + [False] * 97
+    kept = [i for i, d in enumerate(fill_up([no] * 100, [0.1, 0.2] * 50, 10)) if d.keep]
+    assert kept == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]  # of equal ones the first
 
 
 @pytest.mark.parametrize(("keep_rate", "wanted"), [(Fraction(1, 20), 4), (Fraction(1, 2), 2), (Fraction(9, 10), 16)])

@@ -27,7 +27,7 @@ def add(h, groups, now=0):
 
 def test_prompt_key_is_the_same_number_for_ever():
     """As `printf '1 + 1 =\\0002' | b2sum -l 64` says; checkpoints written today must find their prompts in years."""
-    assert prompt_key("1 + 1 =", "2") == 0x8f520a8ecbb0a622
+    assert prompt_key("1 + 1 =", "2") == 0x8F520A8ECBB0A622
     assert prompt_key("1 + 1 =", "2") != prompt_key("1 + 1 =", "3")
     assert prompt_key("ab", "c") != prompt_key("a", "bc")
     assert 0 <= prompt_key("\ud800 half a surrogate", "") < 2**64

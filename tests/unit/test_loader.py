@@ -710,7 +710,7 @@ class Actor:
         self.estimator.record(records)
 
     def train(self, loader, steps):
-        """Draw and learn from batches of 40; return their prompts, and each one's q and share as the advantages see."""
+        """Draw and learn from batches of 40; return their prompts, and the q and share that weight them."""
         drawn, seen = [], []
         for _ in range(steps):
             batch = list(itertools.islice(iter(loader), 40))
@@ -724,13 +724,23 @@ class Actor:
         return drawn, seen
 
 
+@pytest.fixture
+def one_thread():
+    """As the estimator's actor runs by default; more threads than free cores are many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_with_the_real_estimator_a_resumed_run_draws_and_learns_the_same(tmp_path):
     """Both learn first, both are saved and loaded; the next 200 prompts and the weights are equal bit for bit."""
     options = {"episodes": 99, "rule": "utility", "min_utility": 0.8, "epsilon": 0.2, "warmup_steps": 2}
     encoder = tiny_encoder.write(tmp_path)
     actor = Actor(encoder)
     loader, _ = make(90, 40, estimator=actor, **options)
-    _, seen = actor.train(loader, 4)
+    _, seen = actor.train(loader, 3)
     assert seen == [(r["q"], r["share"]) for r in actor.records if r["keep"]]
     saved = json.loads(json.dumps(loader.state_dict())), actor.estimator.state_dict()
     again = Actor(encoder)
@@ -777,6 +787,15 @@ def test_a_loader_that_was_used_forgets_it_all_when_it_loads(budget):
     twin, other = make(50, 8, **options)
     other.updates = estimator.updates
     assert draw(used, estimator, 100, 8, 0) == draw(twin, other, 100, 8, 0)
+
+
+def test_a_resumed_run_may_filter_otherwise():
+    """20 candidates were asked about, the new limit is 10: the batch is filled from the 20, the next from 10."""
+    loader, estimator = make(400, 10, **ACCEPT_ALL)
+    draw(loader, estimator, 10, 10, 0)
+    again, twin = resumed(loader, estimator, loader.state_dict(), 400, 10, **REJECT_ALL, max_scan=1)
+    assert len(set(draw(again, twin, 20, 10, 10))) == 20
+    assert [len(batch) for batch in twin.batches] == [20, 10]
 
 
 def test_a_resumed_run_keeps_its_refunds():

@@ -1,0 +1,71 @@
+"""Launches of the real stack (Ray, DeepSpeed, vLLM, OpenRLHF) with the quickstart's tiny model."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "scripts" / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+
+import cpu_ray  # noqa: E402
+import run as quickstart  # noqa: E402
+import summary  # noqa: E402
+
+BATCH, GROUP, STEPS, WARMUP, SEED, POOL, EVAL = 32, 8, 20, 4, 7, 320, 64
+
+
+@dataclass
+class Launch:
+    """A finished launch: its folder, exit status, whole output and steps."""
+
+    out: Path
+    status: int
+    output: str
+    rows: list[dict]
+
+    @property
+    def steps(self) -> list[dict]:
+        """The status of each step."""
+        return [row for row in self.rows if "eval" not in row]
+
+    @property
+    def asked(self) -> list[str]:
+        """The prompt of each response that vLLM generated, in order of completion (the reward function's log)."""
+        return [row["prompt"] for row in summary.read_rows(self.out / "rollouts.jsonl")]
+
+    @property
+    def metrics(self) -> list[dict]:
+        """The rows of metrics.jsonl."""
+        return summary.read_rows(self.out / "model" / "depo" / "metrics.jsonl")
+
+
+def base_flags(out: Path, *extra: str, method: str = "depo") -> list[str]:
+    """Return the quickstart's flags for a short run in `out`, then `extra` (the last of a repeated flag counts)."""
+    args = quickstart.parse_args(["--steps", str(STEPS), "--method", method, "--seed", str(SEED), "--out", str(out)])
+    preset = quickstart.PRESETS["tiny"]
+    out.mkdir(parents=True, exist_ok=True)
+    data = quickstart.prepare_data(args, POOL)
+    flags = quickstart.launch_flags(args, preset, quickstart.prepare_model("tiny"), data, episodes=2)
+    return [*flags, "--eval.steps", "8", "--rollout.batch_size", str(BATCH), *extra]
+
+
+def launch(out: Path, flags: list[str], head_env=None, num_gpus: int = 2, **driver_env) -> Launch:
+    """Run one launch on a Ray head that counts num_gpus GPUs; driver_env overrides the driver's environment."""
+    env = cpu_ray.stack_env(DEPO_REWARD_LOG=str(out / "rollouts.jsonl"), **(head_env or {}))
+    steps = quickstart.StepLog(out, STEPS, GROUP)
+    lines = []
+    with cpu_ray.ray_head(env, num_gpus) as env:
+        process = cpu_ray.start_training(flags, env | driver_env, cwd=out)
+        for line in process.stdout:
+            lines.append(line)
+            steps.feed(line)
+        status = process.wait()
+    steps.close()
+    return Launch(out, status, "".join(lines), summary.read_rows(out / "steps.jsonl"))
+
+
+def problems(path: Path) -> list[str]:
+    """Return the prompts of a data file."""
+    return [json.loads(line)["input"] for line in path.read_text().splitlines()]

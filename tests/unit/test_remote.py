@@ -1,0 +1,316 @@
+"""Both ends of the wire on a real Ray of its own: one driver (this process), the estimator's actor, a tiny encoder.
+
+The tests share one actor, for starting one takes seconds; each counts from the updates it finds.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+import tiny_encoder
+from test_config import nested
+
+from depo_plugin import config, hooks, remote
+from depo_plugin.history import Scores, prompt_key
+from depo_plugin.labels import Label
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUP = 4
+PROMPTS = [f"{i}+{i * 7}=" for i in range(6)]
+ANSWERS = [str(i * 8) for i in range(6)]
+DEADLINE_S = 60  # how long anything may take on a busy machine; what is waited for takes seconds
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of our own, whose workers find this checkout. A short path: Ray's sockets take at most 107 characters."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="depo-ray-") as folder:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            "local",
+            num_cpus=2,
+            num_gpus=0,
+            include_dashboard=False,
+            object_store_memory=100_000_000,
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
+
+
+def arguments(encoder, root, **settings):
+    """OpenRLHF's arguments, as far as remote.py and the hooks here read them."""
+    cfg = config.load_config(None, {"estimator.model": encoder, "estimator.lr": 1e-3} | settings)
+    args = nested({"train.seed": 3, "ckpt.path": str(root), "rollout.n_samples_per_prompt": GROUP})
+    args.depo = config.to_namespace(cfg)
+    return args
+
+
+@pytest.fixture(scope="module")
+def args(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("remote")
+    return arguments(tiny_encoder.write(folder / "encoder"), folder / "ckpt")
+
+
+@pytest.fixture(scope="module")
+def actor(cluster, args):
+    return remote.create(args, GROUP, hooks._snapshot_root(args))
+
+
+@pytest.fixture
+def handle(actor):
+    """A new handle of this job's estimator, found by its name, as another process finds it."""
+    return remote.connect(DEADLINE_S)
+
+
+@pytest.fixture
+def process(monkeypatch, actor, handle):
+    """A process of hooks whose way to the estimator is `handle`."""
+    fresh = SimpleNamespace(**vars(hooks._process) | {"driver_actor": actor, "handle": handle})
+    monkeypatch.setattr(hooks, "_process", fresh)
+    return fresh
+
+
+def label(i, y, d=0.5):
+    return Label(PROMPTS[i], ANSWERS[i], y, d, GROUP, 0 < y < 1)
+
+
+def learn(handle, *labels):
+    return handle.wait(handle.observe(list(labels)), DEADLINE_S)
+
+
+def score(handle):
+    return handle.score_async(PROMPTS, ANSWERS).result()
+
+
+def same(one, other):
+    return one.updates == other.updates and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)
+
+
+def pid_of(actor):
+    return ray.get(actor.__ray_call__.remote(lambda host: os.getpid()), timeout=DEADLINE_S)
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def answer_after_restart(handle):
+    """Ask until the estimator answers; return the Scores and how often it did not."""
+    deadline, unanswered = time.monotonic() + DEADLINE_S, 0
+    while (scores := score(handle)) is None:
+        unanswered += 1
+        assert time.monotonic() < deadline, "the estimator did not come back"
+        time.sleep(0.2)
+    return scores, unanswered
+
+
+def test_scores_come_back_as_one_of_the_jobs_processes_asks_for_them(handle, caplog):
+    scores = score(handle)
+    assert type(scores) is Scores
+    assert (scores.a.shape, scores.b.shape, scores.a.dtype) == ((6,), (6,), np.float64)
+    assert (scores.a > 0).all()
+    assert (scores.b > 0).all()
+    assert warnings_of(caplog) == []
+
+
+def test_the_time_waited_is_given_once(handle):
+    start = time.perf_counter()
+    score(handle)
+    waited = time.perf_counter() - start
+    assert 0 < handle.take_blocked_s() <= waited
+    assert handle.take_blocked_s() == 0.0
+
+
+def test_what_was_planned_rejected_and_rolled_out_is_learned_in_one_step(handle):
+    records = [
+        {
+            "key": prompt_key(PROMPTS[i], ANSWERS[i]),
+            "p": 0.5,
+            "v": 0.75,
+            "q": q,
+            "keep": keep,
+            "reason": "passed" if keep else "rejected",
+            "share": 0.5,
+            "datasource": "",
+        }
+        for i, (q, keep) in enumerate([(0.05, True), (1.0, True), (0.05, False), (0.05, False)])
+    ]
+    before, handle.blocked_s = score(handle).updates, 1.5
+    handle.record(records)
+    assert handle.blocked_s == 0.0  # it went with the records, and comes back with the step's metrics
+    assert handle.keep_weights(PROMPTS[:3], ANSWERS[:3]) == ([0.05, 1.0, 1.0], [0.5, 0.5, 1.0])
+    handle.reject(label(1, 1.0, d=None))
+    metrics = learn(handle, label(0, 0.25))
+    # Both kept groups came back, one of them through reject(): 2 kept of 4 scanned, mean pass rate 0.625.
+    expected = {
+        "updates": before + 1,
+        "scanned": 4,
+        "kept": 2,
+        "keep_rate": 0.5,
+        "target_mean": 0.625,
+        "time_blocked": 1.5,
+    }
+    assert {name: metrics[name] for name in expected} == expected
+    assert metrics["time_update"] > 0
+    again = learn(handle, label(0, 0.25))
+    assert (again["updates"], again["target_mean"], again["unmatched"], again["time_blocked"]) == (
+        before + 2,
+        0.25,
+        1,
+        0,
+    )
+
+
+def test_save_learn_on_and_load_gives_the_same_scores_again(handle, process, args, caplog):
+    # By the hooks, as OpenRLHF calls them: its own folder of the tag is there when it resumes.
+    hooks.save(args, "global_step1")
+    saved = score(handle)
+    folder = Path(args.ckpt.path) / "_actor" / "global_step1"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder.parent / "latest").write_text("global_step1\n")
+    learn(handle, label(0, 1.0), label(1, 0.0), label(2, 0.5))
+    later = score(handle)
+    assert later.updates == saved.updates + 1
+    assert not same(saved, later)
+    hooks.save(args, "global_step2")
+    tags = {path.name for path in (Path(args.ckpt.path) / "depo").iterdir()}
+    assert tags == {"global_step1", "global_step2"}
+
+    caplog.set_level(logging.INFO, logger="depo_plugin.hooks")
+    hooks.load(args, {"global_step": 1})
+    assert same(score(handle), saved)
+    (folder.parent / "latest").write_text("global_step7")
+    hooks.load(args, {"global_step": 7})
+    assert same(score(handle), later)
+    assert [record.getMessage() for record in caplog.records] == [
+        "DEPO: estimator resumed from global_step1",
+        "DEPO: estimator checkpoint global_step7 is missing or damaged, global_step2 is used instead.",
+    ]
+
+
+def test_a_resume_without_our_checkpoint_is_a_warning(process, args, caplog):
+    latest = Path(args.ckpt.path) / "_actor" / "latest"
+    latest.parent.mkdir(parents=True, exist_ok=True)
+    latest.write_text("global_step0")  # older than any there is
+    hooks.load(args, {"global_step": 1})
+    assert warnings_of(caplog) == [
+        "DEPO: no estimator checkpoint for global_step0; the estimator starts from the beginning."
+    ]
+
+
+def test_a_slow_estimator_gives_no_scores_one_warning_and_answers_again(actor, caplog):
+    before = score(remote.connect(DEADLINE_S)).updates
+    handle = remote.connect(0.05)
+    busy = actor.__ray_call__.remote(lambda host: time.sleep(2))
+    start = time.perf_counter()
+    assert [score(handle) for _ in range(3)] == [None] * 3
+    assert time.perf_counter() - start < 1.5
+    assert handle.keep_weights(PROMPTS, ANSWERS) is None
+    (warning,) = warnings_of(caplog)
+    assert warning.startswith("DEPO: the difficulty estimator did not answer (GetTimeoutError")
+    assert "Training goes on without filtering" in warning
+    assert "raise --depo.estimator.timeout_s" in warning
+    ray.get(busy, timeout=DEADLINE_S)
+    handle.timeout_s = DEADLINE_S
+    assert score(handle).updates == before
+    assert warnings_of(caplog)[1:] == ["DEPO: the difficulty estimator answers again; prompts are filtered as before."]
+
+
+def test_a_call_that_fails_is_no_answer_and_the_actor_goes_on(handle, caplog):
+    before = score(handle)
+    assert learn(handle, label(0, 1.5)) is None
+    (warning,) = warnings_of(caplog)
+    assert "did not answer (RayTaskError(ValueError): " in warning
+    assert "y 1.5 not in [0, 1]" in warning
+    assert same(score(handle), before)
+
+
+@pytest.mark.parametrize("how", ["killed by the system", "killed by Ray"])
+def test_a_dead_estimator_comes_back_with_its_newest_checkpoint(how, actor, handle, caplog):
+    saved = score(handle)
+    root = Path(ray.get(actor.__ray_call__.remote(lambda host: str(host.root))))
+    assert handle.save("global_step3", {"global_step1", "global_step2"}) > 0
+    (root / "global_step4").mkdir()  # newer, and damaged: passed over
+    learn(handle, label(3, 1.0))
+    assert score(handle).updates == saved.updates + 1
+
+    pid = pid_of(actor)
+    if how == "killed by the system":
+        os.kill(pid, signal.SIGKILL)
+    else:
+        ray.kill(actor, no_restart=False)
+    assert score(handle) is None
+    scores, unanswered = answer_after_restart(handle)
+    assert same(scores, saved)
+    assert pid_of(actor) != pid
+    told = warnings_of(caplog)
+    assert len(told) == 2, (told, unanswered)
+    assert "did not answer (Actor" in told[0]
+    assert "answers again" in told[1]
+    assert learn(handle, label(3, 0.5))["updates"] == saved.updates + 1
+
+
+def test_an_estimator_that_cannot_be_placed_names_the_flags(cluster, args, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PLACEMENT_TIMEOUT_S", 3)
+    monkeypatch.setattr(remote, "actor_name", lambda: "another_estimator")
+    big = arguments(args.depo.estimator.model, tmp_path, **{"estimator.num_cpus": 64})
+    with pytest.raises(RuntimeError) as error:
+        remote.create(big, GROUP, str(tmp_path))
+    told = str(error.value)
+    assert told.startswith("DEPO: the difficulty estimator was not placed within 3 s.")
+    assert "--depo.estimator.num_gpus 0.0 and --depo.estimator.num_cpus 64" in told
+    assert "the cluster has free: {" in told
+    assert "'CPU': 1.0" in told  # of 2, for the estimator of the other tests has one
+    with pytest.raises(ValueError, match="another_estimator"):  # nothing is left that waits for 64 CPUs
+        remote.connect(1)
+
+
+def test_a_process_without_an_estimator_is_told(cluster, monkeypatch):
+    monkeypatch.setattr(remote, "actor_name", lambda: "depo_estimator_of_another_job")
+    with pytest.raises(ValueError, match="depo_estimator_of_another_job"):
+        remote.connect(1)
+
+
+@pytest.mark.wheel
+def test_a_process_on_another_openrlhf_or_none_stops_the_run(process, args, tmp_path):
+    class Trainer:
+        """What check_attached asks of OpenRLHF's trainer, itself an actor."""
+
+        def get_max_steps(self):
+            return 20
+
+    installed = Path(importlib.util.find_spec("openrlhf").origin).parent
+    trainer = ray.remote(Trainer).options(num_cpus=0).remote()
+    args.algo = SimpleNamespace(advantage=SimpleNamespace(estimator="group_norm"))
+    other = tmp_path / "samples_generator.py"
+    other.write_text("# another release\n")
+    hooks.attach(args, "BasePPOTrainer", str(installed / hooks.SITES["BasePPOTrainer"]))
+    hooks.attach(args, "SamplesGenerator", str(other))
+    node = ray.util.get_node_ip_address()
+    with pytest.raises(hooks.SeamError) as error:
+        hooks.check_attached(args, trainer)
+    head, first, second, advice = str(error.value).splitlines()
+    assert "the run would silently be plain group_norm" in head
+    assert first.startswith(f"  prepare_datasets: no report; on node {node} openrlhf is {installed / '__init__.py'}")
+    expected = installed / hooks.SITES["SamplesGenerator"]
+    assert second == f"  SamplesGenerator: node {node} runs {other}, which differs from {expected}"
+    assert "depo patch --check" in advice
+    for site in ("prepare_datasets", "SamplesGenerator"):
+        hooks.attach(args, site, str(installed / hooks.SITES[site]))
+    hooks.check_attached(args, trainer)
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.kill(trainer)
