@@ -2,7 +2,9 @@
 
 import copy
 import os
+import socket
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
 
@@ -11,8 +13,16 @@ def deepspeed_strategy(args):
 
     args: OpenRLHF's arguments of the launch; they are copied, not changed.
     """
+    import ray
+    from openrlhf.trainer.ray.utils import ray_noset_visible_devices
     from openrlhf.utils import get_strategy
 
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    # As OpenRLHF's own model actors set it: with *_VISIBLE_DEVICES narrowed by Ray the one GPU is number 0.
+    local_rank = str(ray.get_gpu_ids()[0]) if ray_noset_visible_devices() else "0"
+    os.environ.update(address, WORLD_SIZE="1", RANK="0", LOCAL_RANK=local_rank)
     args = copy.deepcopy(args)
     args.ds.zero_stage, args.ds.param_dtype, args.ds.adam_offload, args.ds.grad_accum_dtype = 0, "fp32", False, None
     args.ds.ring_attn_size = args.ds.tensor_parallel_size = 1
@@ -34,7 +44,6 @@ class DeepSpeedBackend:
         max_norm: gradient clip; strategy: from deepspeed_strategy().
         """
         import deepspeed
-        import torch
 
         config = strategy.get_ds_train_config(max_norm=max_norm)
         self.model, self.device = model, torch.device(get_accelerator().current_device_name())
@@ -50,5 +59,8 @@ class DeepSpeedBackend:
     def step(self, loss) -> float:
         """Make one optimizer step from the loss; return the gradient's norm before clipping."""
         self.engine.backward(loss)
+        # The engine clips by the same norm, but keeps it to itself for fp32 weights.
+        gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        return norm

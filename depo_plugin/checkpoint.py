@@ -103,6 +103,8 @@ def save(folder: Path, state: dict) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
         raise
 
 

@@ -28,7 +28,7 @@ from depo_plugin.metrics import prediction_metrics
 from depo_plugin.model import DifficultyModel, encoder_name, load_encoder, token_limit
 from depo_plugin.torch_backend import TorchBackend, load_optimizer_state, optimizer_state
 
-PRIOR_MIN = 1e-6  # σ(s) is kept this far from 0 and 1, so that Beta(a, b) stays one
+LOGIT_MAX = 14.0  # keeps σ(s) about 1e-6 away from 0 and 1, so that Beta(a, b) stays one
 FORGET_AFTER = 100  # planned batches after which a kept prompt that never came back is given up
 RATE_KEPT = 0.9  # per step: the unfiltered effective ratio follows about the last ten steps
 RATE_MIN = 0.01  # an estimate at or below 0 (few explored groups) must not divide
@@ -290,7 +290,7 @@ class DifficultyEstimator:
                 f"the estimator scored {int((~np.isfinite(s_B)).sum())} of {len(prompts)} prompts as NaN or infinite: "
                 "its weights are damaged. Lower --depo.estimator.lr, or use --depo.estimator.dtype fp32."
             )
-        return np.clip(1 / (1 + np.exp(-s_B.clip(-30, 30))), PRIOR_MIN, 1 - PRIOR_MIN)
+        return 1 / (1 + np.exp(-s_B.clip(-LOGIT_MAX, LOGIT_MAX)))
 
     def _learn(self, labels: list[Label]) -> dict[str, float]:
         """Take cfg.updates_per_step optimizer steps on these groups; return the last one's losses.

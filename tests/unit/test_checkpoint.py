@@ -153,6 +153,22 @@ def test_a_save_that_fails_leaves_the_tag_as_it_was(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["global_step1"]
 
 
+def test_a_rename_that_fails_puts_the_tag_back(tmp_path, monkeypatch):
+    save(tmp_path, "global_step1")
+    rename = Path.rename
+
+    def fails_for_the_new_one(path, target):
+        if path.name == "global_step1" + checkpoint.PARTIAL:
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.save(tmp_path / "global_step1", {"tag": "new"})
+    assert checkpoint.load(tmp_path / "global_step1")["tag"] == "global_step1"
+    assert [path.name for path in tmp_path.iterdir()] == ["global_step1"]
+
+
 KILLED_IN_SAVE = """
 import os, signal, sys
 from pathlib import Path

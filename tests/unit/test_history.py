@@ -101,17 +101,18 @@ def test_fit_finds_the_kappa_that_made_the_data(kappa):
 
 
 def test_fit_judges_by_the_belief_before_the_groups_are_added():
-    """Each prompt comes twice and is a coin of its own. Its second group agrees with the first far better than the
-    text does, which must not be read as merit of the text: κ stays near 1, where data scattered so (0 or 1) put it.
+    """A prompt that was right 80 times is now wrong 8 times. From its text alone (σ = ½) that is an extreme outcome,
+    which speaks for a smaller κ; against 80 successes, a text that says ½ deserves more weight: a larger κ.
     """
-    rng = np.random.default_rng(1)
     h = history("fit")
-    for update in range(60):
-        rate = rng.integers(0, 2, 16)
-        groups = [(update * 16 + i, 0.5, 8 * p, 8) for i, p in enumerate(rate)]
-        add(h, groups, now=2 * update)
-        add(h, groups, now=2 * update + 1)
-    assert h.kappa == pytest.approx(1.0, abs=0.05)
+    add(h, [(1, 0.5, 80, 80)])
+    known = h.kappa
+    add(h, [(1, 0.5, 0, 8)])
+    assert h.kappa > known
+    fresh = history("fit")
+    add(fresh, [(1, 0.5, 80, 80)])
+    add(fresh, [(2, 0.5, 0, 8)])
+    assert fresh.kappa < known
 
 
 def test_fit_stays_inside_its_range_and_finite():
