@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 PARTIAL = ".partial"

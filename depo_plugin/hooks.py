@@ -25,7 +25,7 @@ from types import SimpleNamespace
 
 from depo_plugin import config
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
 # The sites that must report before the first rollout, with the file each runs from.
 SITES = {

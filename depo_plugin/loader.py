@@ -28,7 +28,7 @@ from depo_plugin.config import FilterConfig
 from depo_plugin.filter import Decision, Reason, decide, fill_up, keep_all, keep_share, signal_probability
 from depo_plugin.history import Scores, prompt_key
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
 FORCED_IN_A_ROW = 10  # batches that had to be filled up, after which one warning names the likely cause
 

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from depo_plugin import checkpoint, config
 from depo_plugin.estimator import DifficultyEstimator
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
 PLACEMENT_TIMEOUT_S = 120
 SAVE_TIMEOUT_S = 600

@@ -190,7 +190,7 @@ def test_save_learn_on_and_load_gives_the_same_scores_again(handle, process, arg
     tags = {path.name for path in (Path(args.ckpt.path) / "depo").iterdir()}
     assert tags == {"global_step1", "global_step2"}
 
-    caplog.set_level(logging.INFO, logger="depo_plugin.hooks")
+    caplog.set_level(logging.INFO, logger="openrlhf.depo_plugin.hooks")
     hooks.load(args, {"global_step": 1})
     assert same(score(handle), saved)
     (folder.parent / "latest").write_text("global_step7")
