@@ -1,6 +1,7 @@
 """The DeepSpeed backend: the estimator's engine from OpenRLHF's own strategy, for an estimator on a GPU."""
 
 import copy
+import math
 import os
 import socket
 
@@ -62,5 +63,8 @@ class DeepSpeedBackend:
         # The engine clips by the same norm, but keeps it to itself for fp32 weights.
         gradients = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.engine.zero_grad()
+            raise RuntimeError(f"the estimator's gradient norm is {norm}: no step was made.")
         self.engine.step()
         return norm

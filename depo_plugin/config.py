@@ -98,7 +98,7 @@ class EstimatorConfig:
     w_rank: float = setting(3.0, "weight of the ranking loss", NOT_NEGATIVE)
     rank_delta: float = setting(0.05, "difference in pass rate above which a pair is ranked", FRACTION)
     rank_margin: float = setting(0.5, "ranking: wanted distance of the score logits", NOT_NEGATIVE)
-    micro_batch_size: int = setting(32, "prompts per forward pass", integer(1))
+    micro_batch_size: int = setting(64, "prompts per forward pass", integer(1))
     dtype: str = setting("fp32", "precision of computing (weights are always fp32)", choice("fp32", "bf16"))
     num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
     num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
