@@ -1,8 +1,13 @@
 """What tests of several folders share: copies of the installed OpenRLHF, written by `depo patch`."""
 
-import pytest
+import os
 
-from depo_plugin import cli
+# Before torch is imported: small matrices on one thread; two that wait for each other are slower on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+from depo_plugin import cli  # noqa: E402
 
 
 def _copy(tmp_path_factory, name, *options):
