@@ -5,9 +5,9 @@ import os
 # Before torch is imported: small matrices on one thread; two that wait for each other are slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from depo_plugin import cli  # noqa: E402
+from depo_plugin import cli
 
 
 def _copy(tmp_path_factory, name, *options):

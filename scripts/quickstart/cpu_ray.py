@@ -25,7 +25,7 @@ STACK_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
+    "OMP_NUM_THREADS": "1",  # several processes share few cores: threads that wait for each other cost more
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TORCH_EXTENSIONS_DIR": str(ROOT / ".venv" / "torch_extensions"),
     "TOKENIZERS_PARALLELISM": "false",

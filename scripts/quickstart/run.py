@@ -30,12 +30,12 @@ class Preset:
     max_len: int
     lr: float
     warmup_steps: int
-    chat: bool
+    template: str | None = None  # SmolLM2-135M fails at sums in its chat template, and solves some after examples
 
 
 PRESETS = {
-    "tiny": Preset(32, 8, 12, 64, 1e-4, 6, False),
-    "smollm2": Preset(16, 4, 24, 160, 5e-6, 6, True),
+    "tiny": Preset(32, 8, 12, 64, 1e-4, 8),
+    "smollm2": Preset(16, 4, 8, 96, 5e-6, 8, "2 + 3 = 5\n9 - 4 = 5\n6 + 7 = 13\n{}"),
 }
 METHODS = {
     "depo": ["--advantage_estimator", "depo"],
@@ -81,7 +81,8 @@ def prepare_data(args, prompts: int) -> Path:
     """Write the ladder of tasks for this many training prompts, unless it is there; return its folder."""
     folder = args.out / "data"
     command = [sys.executable, HERE / "tasks.py", "--out", folder, "--train", prompts, "--eval", 64]
-    subprocess.run([*map(str, command), "--seed", str(args.seed)], check=True, stdout=subprocess.DEVNULL)
+    command += ["--ladder", args.model, "--seed", args.seed]
+    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
     return folder
 
 
@@ -98,8 +99,8 @@ def launch_flags(args, preset: Preset, model: Path, data: Path, episodes: int) -
         --data.input_key input --data.label_key label --train.num_episodes {episodes} --train.seed {args.seed}
         --eval.steps {max(1, args.steps // 4)} --eval.n_samples_per_prompt 4 --eval.temperature 1.0
     """.split()
-    if preset.chat:
-        flags += ["--data.apply_chat_template"]
+    if preset.template:
+        flags += ["--data.input_template", preset.template]
     paths = {
         "--actor.model_name_or_path": model,
         "--reward.remote_url": HERE / "reward_func.py",

@@ -2,12 +2,9 @@
 
 import argparse
 import json
-import re
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, median
-
-USER_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -22,9 +19,8 @@ def eval_pass_rate(metrics: dict) -> float:
 
 
 def problem_of(prompt: str) -> str:
-    """Return the problem inside a prompt, without the chat template."""
-    turn = USER_TURN.search(prompt)
-    return turn[1] if turn else prompt
+    """Return the problem inside a prompt: its last line, after a template's examples."""
+    return prompt.rpartition("\n")[2]
 
 
 def training_groups(out: Path, group_size: int) -> list[list[float]]:

@@ -46,6 +46,10 @@ HOPELESS = (
     Level("mul-4digit", "*", (4, 4)),
 )
 LEVELS = EASY + MIDDLE + HOPELESS
+LADDERS = {  # by policy; smollm2 does one-digit sums and little more
+    "tiny": LEVELS,
+    "smollm2": (Level("add-1digit", "+", (1, 1)), *EASY, *MIDDLE[:2], *HOPELESS[:2]),
+}
 
 _APPLY = {"+": sum, "*": math.prod, "-": lambda operands: operands[0] - sum(operands[1:])}
 
@@ -87,9 +91,9 @@ def draw_in_split(level: Level, rng: random.Random, *, evaluation: bool) -> list
             return operands
 
 
-def quotas(count: int) -> list[int]:
-    """Share `count` problems out evenly over LEVELS; they add up exactly."""
-    ends = [count * i // len(LEVELS) for i in range(len(LEVELS) + 1)]
+def quotas(count: int, levels: int) -> list[int]:
+    """Share `count` problems out evenly over so many levels; they add up exactly."""
+    ends = [count * i // levels for i in range(levels + 1)]
     return [end - start for start, end in pairwise(ends)]
 
 
@@ -102,16 +106,16 @@ def level_rows(level: Level, count: int, rng: random.Random, *, evaluation: bool
         operands = draw_in_split(level, rng, evaluation=evaluation)
         prompt = prompt_of(level, operands)
         rows[prompt] = {"input": prompt, "label": answer_of(level, operands), "datasource": level.name}
-    else:
+    if len(rows) < count:
         split = "eval" if evaluation else "train"
         raise ValueError(f"{level.name} has {len(rows)} {split} problems, {count} wanted: lower --{split}.")
     return list(rows.values())
 
 
-def make_split(count: int, seed: int, *, evaluation: bool) -> list[dict[str, str]]:
-    """Return `count` different problems of all levels in random order."""
+def make_split(count: int, seed: int, *, evaluation: bool, levels: tuple[Level, ...] = LEVELS) -> list[dict[str, str]]:
+    """Return `count` different problems, evenly of all levels, in random order."""
     rng = random.Random(f"{seed}/{'eval' if evaluation else 'train'}")
-    shares = zip(LEVELS, quotas(count), strict=True)
+    shares = zip(levels, quotas(count, len(levels)), strict=True)
     rows = [row for level, quota in shares for row in level_rows(level, quota, rng, evaluation=evaluation)]
     rng.shuffle(rows)
     return rows
@@ -130,10 +134,11 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2048, metavar="N", help="training problems (default: 2048)")
     parser.add_argument("--eval", type=int, default=128, metavar="N", help="evaluation problems (default: 128)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ladder", choices=LADDERS, default="tiny", help="policy it is made for (default: tiny)")
     args = parser.parse_args()
     for name, count in (("train", args.train), ("eval", args.eval)):
         try:
-            rows = make_split(count, args.seed, evaluation=name == "eval")
+            rows = make_split(count, args.seed, evaluation=name == "eval", levels=LADDERS[args.ladder])
         except ValueError as fault:
             parser.error(str(fault))
         write_jsonl(args.out / f"{name}.jsonl", rows)

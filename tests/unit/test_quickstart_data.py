@@ -45,14 +45,26 @@ def test_splits_of_any_seeds_share_no_problem_and_repeat_none(train_rows, eval_r
         assert len({row["input"] for row in rows}) == len(rows)
 
 
+def test_smollm2_ladder_fills_the_quickstarts_splits():
+    levels = tasks.LADDERS["smollm2"]
+    for count, evaluation in ((320, False), (64, True)):
+        rows = tasks.make_split(count, 42, evaluation=evaluation, levels=levels)
+        assert {row["datasource"] for row in rows} == {level.name for level in levels}
+        assert len(rows) == count
+
+
 def test_same_seed_same_rows_and_another_seed_others(train_rows):
     assert tasks.make_split(640, 42, evaluation=False) == train_rows
     assert tasks.make_split(640, 43, evaluation=False) != train_rows
 
 
-@pytest.mark.parametrize("count", [10, 64, 645])
+def test_fewer_problems_than_levels_is_fine():
+    assert len(tasks.make_split(3, 0, evaluation=True)) == 3
+
+
+@pytest.mark.parametrize("count", [3, 10, 64, 645])
 def test_quotas_are_even_and_add_up(count):
-    quotas = tasks.quotas(count)
+    quotas = tasks.quotas(count, 10)
     assert sum(quotas) == count
     assert max(quotas) - min(quotas) <= 1
 
@@ -87,6 +99,7 @@ def test_files_hold_the_rows(tmp_path, monkeypatch, train_rows, eval_rows):
         assert [json.loads(line) for line in lines] == rows
 
 
+SHOTS = "2 + 3 = 5\n6 + 7 = 13\n47 + 85 ="
 CHAT = "<|im_start|>user\n47 + 85 =<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -103,6 +116,10 @@ CHAT = "<|im_start|>user\n47 + 85 =<|im_end|>\n<|im_start|>assistant\n"
         ("47 + 85 =", "<eos>", 0.0),
         ("47 + 85 =", "", 0.0),
         ("47 + 85 =", " + = <unk>", 0.0),
+        (SHOTS, " 132\n1 + 1 = 2", 1.0),  # only the line is graded
+        (SHOTS, " 131\n47 + 85 = 132", 0.0),
+        (SHOTS, "\n132", 1.0),
+        (CHAT, "Let me see.\n\n132<|im_end|>", 1.0),
         (CHAT, "47 + 85 = 132.<|im_end|>", 1.0),
         (CHAT, "The answer is **132**<|im_end|>", 1.0),
         (CHAT, "I add 47 and 85.<|im_end|>", 0.0),
@@ -139,6 +156,13 @@ def test_reward_log_keeps_every_line_whole_under_concurrent_writers(tmp_path, mo
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(int(row["prompt"].split(" ")[0]) for row in rows) == list(range(200))
     assert all(row["response"] == long_response and row["reward"] == 0.0 for row in rows)
+
+
+def test_log_is_off_by_default(tmp_path, monkeypatch):
+    monkeypatch.delenv("DEPO_REWARD_LOG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    reward_func.reward_func(["1 =1"], ["1 ="], ["1"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture(scope="module")
