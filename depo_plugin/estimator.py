@@ -203,7 +203,7 @@ class DifficultyEstimator:
     def _stream_metrics(self, kept: list[Kept | None], y_B: np.ndarray, signal_B: np.ndarray) -> dict[str, float]:
         """Say what the unfiltered stream would have given, from the decisions behind these groups.
 
-        DESIGN, "The filter": (Σ scanned p̂ + Σ kept (y − p̂)/q) / scanned, and the same with V and whether there was a
+        A control variate: (Σ scanned p̂ + Σ kept (y − p̂)/q) / scanned, and the same with V and whether there was a
         signal for the effective ratio r₀, faded over steps. Forced prompts were not drawn by chance: their outcomes
         are outside both corrections.
         """

@@ -47,7 +47,7 @@ def signal_probability(a_B: np.ndarray, b_B: np.ndarray, group_size: int) -> np.
     """Return V_B in [0, 1]: the chance that a group of `group_size` responses is not all wrong and not all right.
 
     V(a, b) = 1 − Π_{i<G} (a+i)/(a+b+i) − Π_{i<G} (b+i)/(a+b+i), the expectation of u(p) = 1 − p^G − (1−p)^G over
-    Beta(a, b) (DESIGN, "The filter"). a, b >= 0 and a + b > 0, float64; NaN where they are not.
+    Beta(a, b). a, b >= 0 and a + b > 0, float64; NaN where they are not.
     """
     a_B, b_B = np.broadcast_arrays(np.asarray(a_B, np.float64), np.asarray(b_B, np.float64))
     valid_B = _valid(a_B, b_B)

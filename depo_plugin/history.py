@@ -1,6 +1,6 @@
 """What is known of a prompt beside its text: its own past groups, and how many samples its text is worth (κ).
 
-DESIGN, "The estimator": a = κ·σ(s) + S, b = κ·(1 − σ(s)) + (N − S).
+The belief is a Beta posterior: a = κ·σ(s) + S, b = κ·(1 − σ(s)) + (N − S).
 Suffixes: B = prompts asked for, K = prompts known.
 """
 

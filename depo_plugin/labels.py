@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 
-D_MIN = 1e-4  # DESIGN: d is clamped to [1e-4, 1 - 1e-4], so that its BCE target is never exactly 0 or 1
+D_MIN = 1e-4  # d is clamped to [1e-4, 1 - 1e-4], so that its BCE target is never exactly 0 or 1
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The estimator's loss (DESIGN, "The estimator"; arXiv 2602.06375): score, distillation, ranking.
+"""The estimator's loss (arXiv 2602.06375): score, distillation, ranking.
 
 Suffix: B = the whole batch of one update. A mean over nothing is 0 and still belongs to the graph.
 """

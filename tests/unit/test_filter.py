@@ -69,7 +69,7 @@ def test_with_much_evidence_it_becomes_u_of_the_pass_rate(group_size):
 
 
 def test_after_one_group_all_correct_u_of_the_mean_is_too_hopeful():
-    """DESIGN's example: a U-shaped pool, Beta(0.36, 0.36), and one group of 8, all correct."""
+    """A U-shaped pool, Beta(0.36, 0.36), and one group of 8, all correct."""
     rng = np.random.default_rng(0)
     pool = rng.beta(0.36, 0.36, 400_000)
     first, second = (rng.binomial(8, pool) for _ in range(2))

@@ -16,7 +16,7 @@ def bce(logit, target):
 
 
 def slow_total(s, c, y, d, cfg):
-    """The whole loss of DESIGN in plain Python."""
+    """The whole loss in plain Python."""
     score = sum(bce(a, b) for a, b in zip(s, y, strict=True)) / len(s)
     known = [(a, b) for a, b in zip(c, d, strict=True) if b is not None]
     distill = sum(bce(a, b) for a, b in known) / len(known) if known else 0.0

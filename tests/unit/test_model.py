@@ -31,7 +31,7 @@ def logits(loaded, prompts, max_length=128):
 
 
 def test_the_heads_are_the_papers(loaded):
-    """DESIGN, paper preset: Linear→1024, LayerNorm, GELU, two residual blocks of 1024, Linear→512, LayerNorm, GELU,
+    """The paper preset: Linear→1024, LayerNorm, GELU, two residual blocks of 1024, Linear→512, LayerNorm, GELU,
     dropout 0.1, two Linear→1."""
     network, _ = loaded
     kinds = [type(layer).__name__ for layer in network.trunk]
