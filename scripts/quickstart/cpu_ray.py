@@ -5,19 +5,39 @@ that session or carries this run's mark in its environment.
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PATCHED = ROOT / ".venv" / "openrlhf-patched"
 MARK = "DEPO_CPU_RUN"
+
+
+def without_space(folder: Path) -> Path:
+    """Return the folder, or a link to it where its path has a space: Ray splits its workers' command there.
+
+    The link stays: what DeepSpeed compiled is found again under the same path.
+    """
+    if " " not in str(folder):
+        return folder
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    link = Path(tempfile.gettempdir()) / f"depo-venv-{os.getuid()}-{digest}"
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(folder)
+    if os.readlink(link) != str(folder):
+        raise RuntimeError(f"{link} is not a link to {folder}; remove it")
+    return link
+
+
+VENV = without_space(ROOT / ".venv")
+PYTHON = str(VENV / "bin" / "python")
+PATCHED = VENV / "openrlhf-patched"
 
 # Why each is needed: docs of vLLM's CPU backend and DeepSpeed's accelerators; Ray must not hide "GPUs" it only counts.
 STACK_ENV = {
@@ -27,7 +47,7 @@ STACK_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",  # several processes share few cores: threads that wait for each other cost more
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TORCH_EXTENSIONS_DIR": str(ROOT / ".venv" / "torch_extensions"),
+    "TORCH_EXTENSIONS_DIR": str(VENV / "torch_extensions"),
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
@@ -36,13 +56,12 @@ STACK_ENV = {
 def stack_env(python_path=PATCHED, **extra) -> dict[str, str]:
     """Return the environment for Ray and the launch; python_path: the folder that holds the patched openrlhf."""
     paths = [str(python_path), os.environ.get("PYTHONPATH", "")]
-    bin_dir = str(Path(sys.executable).parent)
     return (
         os.environ
         | STACK_ENV
         | {
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-            "PATH": bin_dir + os.pathsep + os.environ["PATH"],
+            "PATH": f"{VENV / 'bin'}{os.pathsep}{os.environ['PATH']}",
             **extra,
         }
     )
@@ -82,11 +101,15 @@ def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_
     env = env | {MARK: mark}
     with tempfile.TemporaryDirectory(prefix="depo-ray-", ignore_cleanup_errors=True) as temp_dir:
         log = Path(temp_dir) / "head.log"
-        command = f"ray start --head --block --port 0 --num-cpus {num_cpus} --num-gpus {num_gpus}"
+        command = f"-m ray.scripts.scripts start --head --block --port 0 --num-cpus {num_cpus} --num-gpus {num_gpus}"
         flags = ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={temp_dir}"]
         with log.open("w") as out:
             head = subprocess.Popen(
-                [*command.split(), *flags], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                [PYTHON, *command.split(), *flags],
+                env=env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         try:
             deadline = time.monotonic() + timeout_s
@@ -102,7 +125,7 @@ def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_
 
 def start_training(flags: list[str], env: dict[str, str], cwd=None) -> subprocess.Popen:
     """Start OpenRLHF's own entry point with these flags; its output is piped, line by line."""
-    command = [sys.executable, "-u", "-m", "openrlhf.cli.train_ppo_ray", *flags]
+    command = [PYTHON, "-u", "-m", "openrlhf.cli.train_ppo_ray", *flags]
     return subprocess.Popen(
         command,
         env=env,

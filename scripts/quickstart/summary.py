@@ -55,7 +55,8 @@ def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[st
     groups = training_groups(out, group_size)
     ratio = f"{fmean(map(has_signal, groups)):.0%}"
     if method == "depo":
-        before, after = steps[:warmup_steps], steps[warmup_steps:]
+        # Decisions lag one update: the last prompts kept unseen are those of the step after the warm-up.
+        before, after = steps[: warmup_steps + 1], steps[warmup_steps + 1 :]
         kept = f"{_percent(row['depo/keep_rate'] for row in before)} in warm-up, " + (
             f"{_percent(row['depo/keep_rate'] for row in after)} after"
         )

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from stack import base_flags, cpu_ray
 def test_deepspeed_and_torch_learn_the_same(tmp_path):
     flags = base_flags(tmp_path / "data")
     script = Path(__file__).with_name("compare_backends.py")
-    command = [sys.executable, str(script), *flags]
+    command = [cpu_ray.PYTHON, str(script), *flags]
     done = subprocess.run(command, env=cpu_ray.stack_env(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])

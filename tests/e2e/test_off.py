@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -17,7 +16,7 @@ def replayed(flags, rollouts, out: Path, copy: Path):
     out.mkdir()
     script = Path(__file__).with_name("replay_step.py")
     with cpu_ray.ray_head(cpu_ray.stack_env(copy)) as env:
-        command = [sys.executable, script, rollouts, out, "--", *flags, "--ckpt.output_dir", out / "model"]
+        command = [cpu_ray.PYTHON, script, rollouts, out, "--", *flags, "--ckpt.output_dir", out / "model"]
         done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((out / "status.json").read_text()), load_file(out / "model" / "model.safetensors")
