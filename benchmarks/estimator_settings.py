@@ -31,7 +31,7 @@ SETTINGS = [(2e-4, 1, 0), (5e-4, 1, 0), (1e-3, 1, 0), (5e-4, 2, 0), (5e-4, 2, 25
 
 def draw_prompts(rng: random.Random, rates: dict) -> tuple[list[str], np.ndarray]:
     """Return PROMPTS prompts of the ladder and their true pass rates."""
-    levels = rng.choices(tasks.LEVELS, weights=[level.weight for level in tasks.LEVELS], k=PROMPTS)
+    levels = rng.choices(tasks.LEVELS, k=PROMPTS)
     prompts = [tasks.prompt_of(level, tasks.draw(level, rng)) for level in levels]
     return prompts, np.array([rates[level] for level in levels])
 
