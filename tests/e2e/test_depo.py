@@ -75,7 +75,11 @@ def test_own_checkpoints_follow_openrlhfs(depo_run):
     root = depo_run.out / "checkpoints"
     tags = {folder.name for folder in (root / "_actor").iterdir() if folder.is_dir()}
     assert {"global_step8", "global_step16"} <= tags
-    assert {folder.name for folder in (root / "depo").iterdir()} == tags
+    ours = {folder.name for folder in (root / "depo").iterdir()}
+    assert tags <= ours
+    # A best checkpoint that OpenRLHF has replaced since our last save goes with our next one.
+    assert len(ours - tags) <= 1
+    assert all(name.startswith("best_") for name in ours - tags)
 
 
 def test_resumed_run_goes_on_where_it_was_on_the_deepspeed_backend(depo_run, tmp_path):
