@@ -137,7 +137,7 @@ REFUSED = {
     "abbreviated": ["--depo.filter.hi: unknown setting. Did you mean --depo.filter.high?"],
     "wrong values": [
         "--depo.filter.low 0.9: must be below --depo.filter.high 0.85 (default). Lower it, or ",
-        "--depo.estimator.lr fast: must be a number above 0. The default is 0.0002.",
+        "--depo.estimator.lr fast: must be a number above 0. The default is 0.0005.",
     ],
     "no file": [
         "--depo.config nowhere.yaml: no such file. Give the path of a YAML file, or a preset: depo, depo_paper."
