@@ -14,7 +14,6 @@ two are one process. All of them reach the estimator, a Ray actor, through remot
 Only this module's light parts run without `--advantage_estimator depo`; the rest is imported when DEPO is on.
 """
 
-import hashlib
 import importlib.util
 import inspect
 import logging
@@ -52,7 +51,7 @@ SIGNATURES = {
 }
 
 # What one process holds between two calls. driver_actor: the actor's owner; handle: the way to the estimator;
-# loader: this process's DifficultyFilteredLoader; rejected: labels of groups that dynamic filtering threw away.
+# loader: this process's DifficultyFilteredLoader; pending_metrics: of the step; dropped: groups without a label.
 _process = SimpleNamespace(driver_actor=None, handle=None, loader=None, pending_metrics=None, dropped=0, warned=False)
 
 
@@ -147,15 +146,13 @@ def start_estimator(strategy, placement_group) -> None:
     )
 
 
-def _sha256(path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def attach(args, site: str, path: str) -> None:
     """Report to the estimator that the hook at `site` runs in this process, from the OpenRLHF file `path`."""
     import ray
 
-    report = {"site": site, "node": ray.util.get_node_ip_address(), "path": path, "sha256": _sha256(path)}
+    from depo_plugin.patching import sha256_of
+
+    report = {"site": site, "node": ray.util.get_node_ip_address(), "path": path, "sha256": sha256_of(path)}
     ray.get(_handle(args).actor.attach.remote(report))
 
 
@@ -166,12 +163,14 @@ def check_attached(args, trainer) -> None:
     """
     import ray
 
+    from depo_plugin.patching import sha256_of
+
     root = Path(importlib.util.find_spec("openrlhf").origin).parent
     ray.get(trainer.get_max_steps.remote())  # its constructor, and with it every report, is done
     reports = {report["site"]: report for report in ray.get(_process.driver_actor.reports.remote())}
     faults = []
     for site, file in SITES.items():
-        expected = _sha256(root / file)
+        expected = sha256_of(root / file)
         report = reports.get(site)
         if report is None:
             faults.append(f"{site}: no report; {_describe(trainer)}")
