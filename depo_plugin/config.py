@@ -88,6 +88,9 @@ class AdvantageConfig:
 class EstimatorConfig:
     """The difficulty estimator: encoder, training, and where it runs."""
 
+    mode: str = setting(
+        "frozen", "embed each prompt once (frozen) or train the encoder, too (finetune)", choice("frozen", "finetune")
+    )
     model: str | None = setting(None, "encoder, path or hub name (none: the bundled all-MiniLM-L6-v2)", or_none(TEXT))
     max_length: int = setting(512, "tokens of a prompt that are read, counted from its end", integer(8))
     lr: float = setting(5e-4, "learning rate of the heads", POSITIVE)
@@ -103,7 +106,7 @@ class EstimatorConfig:
     num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
     num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
     timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
-    updates_per_step: int = setting(2, "estimator updates per training step", integer(1))
+    updates_per_step: int = setting(2, "optimizer steps of the estimator per training step", integer(0))
     replay: int = setting(256, "recent groups that updates learn from again (0: none, the paper)", integer(0))
 
 
@@ -112,7 +115,9 @@ class HistoryConfig:
     """What is remembered of each prompt."""
 
     kappa: float | str = setting("fit", "samples that the text is worth: fitted, inf (text only), or a number", KAPPA)
-    discount: float = setting(0.98, "evidence kept per estimator update since a prompt was last seen", SHARE)
+    discount: float = setting(0.99, "evidence kept per estimator update since a prompt was last seen", SHARE)
+    drift: bool = setting(True, "let all beliefs follow the policy's ability", SWITCH)
+    share: bool = setting(True, "let similar prompts share evidence (a regression on the text's embedding)", SWITCH)
 
 
 @dataclass(frozen=True)

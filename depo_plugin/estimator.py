@@ -1,16 +1,17 @@
 """The difficulty estimator: what it believes of a prompt's pass rate, and how it learns from the groups that come.
 
-    score  (text + history) -> Beta(a, b) per prompt          record  what the loader scanned and kept, and why
-    observe  one step's labels: compare with what was predicted, remember, take one update -> metrics
+    score    text + history -> Beta(a, b) per prompt          record  what the loader scanned and kept, and why
+    observe  judge: compare one step's labels with what was predicted -> metrics; then learn from them
 
 A plain object, no Ray. Every use of chance is seeded by (seed, use, update), so its state is a counter.
-Suffix: B = prompts of one call.
+Suffixes: B = prompts of one call, E = the encoder's width.
 """
 
 import contextlib
 import time
 from collections import deque
 from enum import IntEnum
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,14 +19,24 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from depo_plugin import __version__, encode
+from depo_plugin.belief import Belief
 from depo_plugin.checkpoint import CheckpointError
 from depo_plugin.config import DepoConfig
+from depo_plugin.embeddings import EmbeddingCache
 from depo_plugin.filter import Reason, signal_probability
-from depo_plugin.history import PromptHistory, Scores, prompt_key
+from depo_plugin.history import Scores, prompt_key
 from depo_plugin.labels import Label
 from depo_plugin.losses import losses
 from depo_plugin.metrics import prediction_metrics
-from depo_plugin.model import DifficultyModel, encoder_name, load_encoder, token_limit
+from depo_plugin.model import (
+    DifficultyHeads,
+    DifficultyModel,
+    encoder_name,
+    load_encoder,
+    pool,
+    token_limit,
+    weights_digest,
+)
 from depo_plugin.torch_backend import TorchBackend, load_optimizer_state, optimizer_state
 
 LOGIT_MAX = 14.0  # keeps σ(s) about 1e-6 away from 0 and 1, so that Beta(a, b) stays one
@@ -35,6 +46,7 @@ RATE_MIN = 0.01  # an estimate at or below 0 (few explored groups) must not divi
 COUNTED = (Reason.EXPLORED, Reason.FORCED, Reason.UNSCORED)  # reasons that are metrics
 IDENTITY_FLAGS = {
     "encoder": "--depo.estimator.model",
+    "mode": "--depo.estimator.mode",
     "hidden_size": "the encoder's width",
     "vocab_size": "the encoder's vocabulary",
     "group_size": "--rollout.n_samples_per_prompt",
@@ -75,18 +87,21 @@ class Kept(NamedTuple):
 class DifficultyEstimator:
     """Text encoder with heads, prompt history and records of decisions, behind score() and observe()."""
 
-    def __init__(self, cfg: DepoConfig, group_size: int, seed: int, strategy=None):
+    def __init__(self, cfg: DepoConfig, group_size: int, seed: int, strategy=None, cache_dir: Path | None = None):
         """Load the encoder and start with fresh heads.
 
         group_size: responses per prompt (G); seed: of every use of chance; strategy: from
-        backends.deepspeed_strategy() to train in a DeepSpeed engine, None for plain torch on the CPU.
+        backends.deepspeed_strategy() to train in a DeepSpeed engine, None for plain torch on the CPU; cache_dir: where
+        embeddings outlive this object (mode frozen), None for a temporary folder.
         """
         self._cfg, self._group_size, self._seed = cfg.estimator, group_size, seed
         self.updates = 0
         with self._seeded(Stream.INIT):
-            encoder, self._tokenizer = load_encoder(cfg.estimator.model)
-            model = DifficultyModel(encoder)
-        self._max_length = token_limit(encoder, self._tokenizer, cfg.estimator.max_length)
+            self._encoder, self._tokenizer = load_encoder(cfg.estimator.model)
+            self._frozen = cfg.estimator.mode == "frozen"
+            width = self._encoder.config.hidden_size
+            model = DifficultyHeads(width) if self._frozen else DifficultyModel(self._encoder)
+        self._max_length = token_limit(self._encoder, self._tokenizer, cfg.estimator.max_length)
         groups = self._param_groups(model)
         if strategy is None:
             self.backend = TorchBackend(model, groups, cfg.estimator.max_norm)
@@ -94,13 +109,20 @@ class DifficultyEstimator:
             from depo_plugin.backends import DeepSpeedBackend
 
             self.backend = DeepSpeedBackend(model, groups, cfg.estimator.max_norm, strategy)
-        self._history = PromptHistory(cfg.history)
+        self._cache = None
+        if self._frozen:
+            self._encoder.eval().requires_grad_(False).to(self.backend.device)
+            if cache_dir is not None:
+                cache_dir = cache_dir / f"{weights_digest(self._encoder)}-{self._max_length}"
+            self._cache = EmbeddingCache(cache_dir, width)
+        self._belief = Belief(cfg.history, width if self._frozen and cfg.history.share else 0)
         self._kept: dict[int, deque[Kept]] = {}
         self._trained = np.empty(0, np.uint64)  # keys of prompts trained so far, sorted
         self._counters = {"plan": 0, "empty_steps": 0, "rollouts_saved": 0.0, "rate_sum": 0.0, "rate_weight": 0.0}
         self._unkept = [0, 0.0, 0.0]  # scanned, sum_p, sum_v of planned batches that kept nothing
-        self._recent: deque[Label] = deque(maxlen=cfg.estimator.replay)
+        self._recent: deque[tuple[Label, float]] = deque(maxlen=cfg.estimator.replay)  # with the ability then
         self._time_score = 0.0
+        self._losses: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
 
     # ── What the loader asks ──
@@ -112,7 +134,7 @@ class DifficultyEstimator:
         """
         start = time.perf_counter()
         keys = [prompt_key(prompt, label) for prompt, label in zip(prompts, labels, strict=True)]
-        a_B, b_B = self._history.posterior(keys, self._prior(prompts), self.updates)
+        a_B, b_B = self._belief.predict(keys, *self._text(prompts), self.updates)
         self._time_score += time.perf_counter() - start
         return Scores(a_B, b_B, self.updates)
 
@@ -151,44 +173,64 @@ class DifficultyEstimator:
     # ── What comes back ──
 
     def observe(self, labels: list[Label]) -> dict[str, float]:
-        """Learn from one step's groups; return the step's metrics (metrics.NAMES).
+        """Judge one step's groups, then learn from them; return the step's metrics (metrics.NAMES)."""
+        self.judge(labels)
+        self.learn(labels)
+        self._metrics |= self._losses | self._totals()
+        return self.metrics()
 
-        The prediction that is judged was made before these groups were learned from: the one the decision was made
-        by, or a fresh one where that is not on record. No labels: nothing is learned, and it is counted.
+    def judge(self, labels: list[Label]) -> dict[str, float]:
+        """Compare one step's groups with what was predicted of them; return the step's metrics.
+
+        The prediction that is judged is the one the decision was made by, or a fresh one where that is not on record.
+        Losses are those of the last learn(). Raises ValueError for a label that is none.
         """
+        for label in labels:
+            if not (0.0 <= label.y <= 1.0 and label.n >= 1):
+                raise ValueError(f"label of {label.prompt[:80]!r}: y {label.y} not in [0, 1], or n {label.n} < 1.")
         if not labels:
             self._counters["empty_steps"] += 1
             self._metrics = self._totals()
             return self.metrics()
-        for label in labels:
-            if not (0.0 <= label.y <= 1.0 and label.n >= 1):
-                raise ValueError(f"label of {label.prompt[:80]!r}: y {label.y} not in [0, 1], or n {label.n} < 1.")
         keys = [prompt_key(label.prompt, label.label) for label in labels]
-        y_B, n_B = np.array([label.y for label in labels]), np.array([label.n for label in labels], np.float64)
+        y_B = np.array([label.y for label in labels])
         signal_B = np.array([label.signal for label in labels])
         kept = [self._take(key) for key in keys]
-
-        prior_B = self._prior([label.prompt for label in labels])
-        a_B, b_B = self._history.posterior(keys, prior_B, self.updates)
-        fresh = zip(a_B / (a_B + b_B), signal_probability(a_B, b_B, self._group_size), strict=True)
-        decided = [(e.p, e.v) if e and e.p is not None else new for e, new in zip(kept, fresh, strict=True)]
-        p_B, v_B = np.array(decided, np.float64).T
-        metrics = prediction_metrics(p_B, v_B, y_B, signal_B)
-        metrics |= self._stream_metrics(kept, y_B, signal_B)
-
-        self._history.update(keys, prior_B, y_B * n_B, n_B, self.updates)
+        p_B, v_B = self._predicted(keys, labels, kept)
+        metrics = prediction_metrics(p_B, v_B, y_B, signal_B) | self._stream_metrics(kept, y_B, signal_B)
         trained = [key for key, label in zip(keys, labels, strict=True) if label.d is not None]
         self._trained = np.union1d(self._trained, np.array(trained, np.uint64))
-        metrics |= self._learn(labels)
-        self._recent.extend(labels)
-        self.updates += 1
-        self._metrics = metrics | self._totals() | {"time_score": self._time_score}
+        self._metrics = metrics | self._losses | self._totals() | {"time_score": self._time_score}
         self._time_score = 0.0
         return self.metrics()
+
+    def learn(self, labels: list[Label]) -> None:
+        """Learn from one step's groups: the belief about each prompt and its like, then the model. None: nothing."""
+        if not labels:
+            return
+        keys = [prompt_key(label.prompt, label.label) for label in labels]
+        n_B = np.array([label.n for label in labels], np.float64)
+        y_B = np.array([label.y for label in labels])
+        text = self._text([label.prompt for label in labels])
+        self._belief.update(keys, *text, y_B * n_B, n_B, self.updates)
+        groups = [(label, self._belief.ability) for label in labels]
+        self._losses = self._learn(groups)
+        self._recent.extend(groups)
+        self.updates += 1
 
     def metrics(self) -> dict[str, float]:
         """Return the last step's metrics."""
         return dict(self._metrics)
+
+    def _predicted(self, keys: list[int], labels: list[Label], kept: list[Kept | None]):
+        """Return p̂_B and V_B that these groups' decisions were made by, fresh ones where they are not on record."""
+        p_B, v_B = (np.array([getattr(e, name) if e else None for e in kept], np.float64) for name in ("p", "v"))
+        lost = np.flatnonzero(np.isnan(p_B))
+        if len(lost):
+            text = self._text([labels[i].prompt for i in lost])
+            a_B, b_B = self._belief.predict([keys[i] for i in lost], *text, self.updates)
+            p_B[lost], v_B[lost] = a_B / (a_B + b_B), signal_probability(a_B, b_B, self._group_size)
+        return p_B, v_B
 
     def _take(self, key: int) -> Kept | None:
         """Return the oldest decision on record for this prompt and take it off."""
@@ -230,7 +272,8 @@ class DifficultyEstimator:
     def _totals(self) -> dict[str, float]:
         """Return the metrics that exist with or without labels."""
         return {
-            "kappa": self._history.kappa,
+            "kappa": self._belief.kappa,
+            "ability": self._belief.ability,
             "distinct": float(len(self._trained)),
             "rollouts_saved": self._counters["rollouts_saved"],
             "empty_steps": float(self._counters["empty_steps"]),
@@ -254,78 +297,106 @@ class DifficultyEstimator:
             yield
 
     def _param_groups(self, model: DifficultyModel) -> list[dict]:
-        cfg, encoder = self._cfg, list(model.encoder.parameters())
-        heads = [parameter for name, parameter in model.named_parameters() if not name.startswith("encoder.")]
-        return [
-            {"params": encoder, "lr": cfg.lr * cfg.encoder_lr_ratio, "weight_decay": cfg.weight_decay},
-            {"params": heads, "lr": cfg.lr, "weight_decay": cfg.weight_decay},
-        ]
+        cfg, parameters = self._cfg, dict(model.named_parameters())
+        encoder = [parameter for name, parameter in parameters.items() if name.startswith("encoder.")]
+        heads = [parameter for name, parameter in parameters.items() if not name.startswith("encoder.")]
+        groups = [{"params": heads, "lr": cfg.lr, "weight_decay": cfg.weight_decay}]
+        if encoder:
+            groups.append({**groups[0], "params": encoder, "lr": cfg.lr * cfg.encoder_lr_ratio})
+        return groups
 
     def _autocast(self):
         return torch.autocast(self.backend.device.type, torch.bfloat16, enabled=self._cfg.dtype == "bf16")
 
-    def _logits(self, prompts: list[str], forward) -> torch.Tensor:
-        """Return score and confidence logits, float32 (2, B), computed in micro-batches."""
+    def _tokens(self, prompts: list[str], forward) -> torch.Tensor:
+        """Return what forward(input_ids, mask) gives for these prompts, (..., B), computed in micro-batches."""
         ids = encode.tokenize(self._tokenizer, prompts, self._max_length)
         batches = encode.micro_batches(ids, self._cfg.micro_batch_size)
         with self._autocast():
             parts = [
-                torch.stack(
-                    forward(*encode.pad([ids[i] for i in batch], self._tokenizer.pad_token_id, self.backend.device))
-                )
+                forward(*encode.pad([ids[i] for i in batch], self._tokenizer.pad_token_id, self.backend.device))
                 for batch in batches
             ]
         back = torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.backend.device)
-        return torch.cat(parts, dim=1)[:, back]
+        return torch.cat(parts, dim=-1)[..., back]
 
-    def _prior(self, prompts: list[str]) -> np.ndarray:
-        """Return σ(s), what the text alone says of each pass rate, float64 (B,) inside (0, 1)."""
+    def _embed(self, prompts: list[str]) -> np.ndarray:
+        """Return the frozen encoder's embeddings, float32 (B, E); of texts that were met before, from the cache."""
+
+        def compute(missing):
+            texts = [prompts[i] for i in missing]
+            with torch.no_grad():
+                x_EB = self._tokens(texts, lambda ids, mask: pool(self._encoder, ids, mask).float().T)
+            return x_EB.T.cpu().numpy()
+
+        keys_B = np.array([prompt_key(prompt, "") for prompt in prompts], np.uint64)
+        return self._cache.get(keys_B, compute).astype(np.float32)
+
+    def _logits(self, prompts: list[str], whole: bool = True) -> torch.Tensor:
+        """Return score and confidence logits, float32 (2, B); without `whole`, one micro-batch's activations at once.
+
+        They are then computed anew in the backward pass.
+        """
+        forward = self.backend.forward
+        if self._frozen:
+            x_BE = torch.from_numpy(_unit(self._embed(prompts))).to(self.backend.device)
+            with self._autocast():
+                return torch.stack(forward(x_BE * x_BE.shape[1] ** 0.5))
+
+        def logits(input_ids, mask):
+            if whole:
+                return torch.stack(forward(input_ids, mask))
+            return torch.stack(recompute(forward, input_ids, mask, use_reentrant=False))
+
+        return self._tokens(prompts, logits)
+
+    def _text(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return what the text says: score logits, float64 (B,), and unit embeddings (B, E), (B, 0) if not shared."""
         if not prompts:
-            return np.empty(0)
+            return np.empty(0), np.empty((0, self._belief.features))
         self.backend.model.eval()
         with torch.no_grad():
-            s_B = self._logits(prompts, self.backend.forward)[0].double().cpu().numpy()
+            s_B = self._logits(prompts)[0].double().cpu().numpy()
         if not np.isfinite(s_B).all():
             raise EstimatorError(
                 f"the estimator scored {int((~np.isfinite(s_B)).sum())} of {len(prompts)} prompts as NaN or infinite: "
                 "its weights are damaged. Lower --depo.estimator.lr, or use --depo.estimator.dtype fp32."
             )
-        return 1 / (1 + np.exp(-s_B.clip(-LOGIT_MAX, LOGIT_MAX)))
+        text_BE = _unit(self._embed(prompts)) if self._belief.features else np.empty((len(prompts), 0))
+        return s_B.clip(-LOGIT_MAX, LOGIT_MAX), text_BE
 
-    def _learn(self, labels: list[Label]) -> dict[str, float]:
+    def _learn(self, groups: list[tuple[Label, float]]) -> dict[str, float]:
         """Take cfg.updates_per_step optimizer steps on these groups; return the last one's losses.
 
         With cfg.replay each step learns from as many recent groups again, drawn without replacement.
         """
+        found = {}
         self.backend.model.train()
         try:
             with torch.enable_grad():
                 for step in range(self._cfg.updates_per_step):
                     number = self.updates * self._cfg.updates_per_step + step
                     rng = np.random.default_rng([self._seed, Stream.REPLAY, number])
-                    again = rng.permutation(len(self._recent))[: len(labels)]
+                    again = rng.permutation(len(self._recent))[: len(groups)]
                     with self._seeded(Stream.DROPOUT, number):
-                        found = self._step(labels + [self._recent[i] for i in again])
+                        found = self._step(groups + [self._recent[i] for i in again])
         finally:
             self.backend.model.eval()
         return found
 
-    def _step(self, labels: list[Label]) -> dict[str, float]:
+    def _step(self, groups: list[tuple[Label, float]]) -> dict[str, float]:
         """Take one optimizer step; return its losses and gradient norm.
 
-        The loss is over the whole batch at any micro-batch size: with more than one micro-batch their activations
-        are computed anew in the backward pass, so that memory holds one micro-batch's.
+        groups: labels, each with the ability when it was made: the model learns what is left without it, so that old
+        groups stay true. The loss is over the whole batch at any micro-batch size.
         """
-        device = self.backend.device
-
-        def forward(input_ids, mask):
-            return recompute(self.backend.forward, input_ids, mask, use_reentrant=False)
-
-        whole = len(labels) <= self._cfg.micro_batch_size
-        s_B, c_B = self._logits([label.prompt for label in labels], self.backend.forward if whole else forward)
+        device, labels = self.backend.device, [label for label, _ in groups]
+        s_B, c_B = self._logits([label.prompt for label in labels], len(labels) <= self._cfg.micro_batch_size)
         y_B = torch.tensor([label.y for label in labels], dtype=torch.float32, device=device)
+        ability_B = torch.tensor([ability for _, ability in groups], dtype=torch.float32, device=device)
         d = [float("nan") if label.d is None else label.d for label in labels]
-        parts = losses(s_B, c_B, y_B, torch.tensor(d, dtype=torch.float32, device=device), self._cfg)
+        d_B = torch.tensor(d, dtype=torch.float32, device=device)
+        parts = losses(s_B + self._belief.narrowed(ability_B), c_B, y_B, d_B, self._cfg)
         if not parts.total.isfinite():
             raise EstimatorError(
                 f"the estimator's loss is {parts.total.item()} at update {self.updates}: nothing was learned from it. "
@@ -345,9 +416,10 @@ class DifficultyEstimator:
 
     def _identity(self) -> dict:
         """Return what a state belongs to: weights of any other encoder or labels of other groups do not fit."""
-        config = self.backend.model.encoder.config
+        config = self._encoder.config
         return {
             "encoder": encoder_name(self._cfg.model),
+            "mode": self._cfg.mode,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
             "group_size": self._group_size,
@@ -360,11 +432,12 @@ class DifficultyEstimator:
             "identity": self._identity() | {"version": __version__},
             "model": {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()},
             "optimizer": optimizer_state(model, self.backend.optimizer),
-            "history": self._history.state_dict(),
+            "belief": self._belief.state_dict(),
             "records": [[key, *entry] for key, entries in self._kept.items() for entry in entries],
             "unkept": list(self._unkept),
             "trained": self._trained.copy(),
-            "recent": [list(vars(label).values()) for label in self._recent],
+            "recent": [[*vars(label).values(), ability] for label, ability in self._recent],
+            "losses": dict(self._losses),
             "counters": dict(self._counters),
             "rng": self._seed,
             "updates": self.updates,
@@ -387,10 +460,16 @@ class DifficultyEstimator:
             )
         self.backend.model.load_state_dict(state["model"])
         load_optimizer_state(self.backend.model, self.backend.optimizer, state["optimizer"])
-        self._history.load_state_dict(state["history"])
+        self._belief.load_state_dict(state["belief"])
         self._kept = {}
         for key, *entry in state["records"]:
             self._kept.setdefault(key, deque()).append(Kept(*entry))
         self._unkept, self._trained = list(state["unkept"]), np.array(state["trained"], np.uint64)
-        self._recent = deque((Label(*label) for label in state["recent"]), maxlen=self._cfg.replay)
+        recent = ((Label(*label), ability) for *label, ability in state["recent"])
+        self._recent, self._losses = deque(recent, maxlen=self._cfg.replay), dict(state["losses"])
         self._counters, self._seed, self.updates = dict(state["counters"]), state["rng"], state["updates"]
+
+
+def _unit(x_BE: np.ndarray) -> np.ndarray:
+    """Return the rows scaled to length 1."""
+    return x_BE / np.maximum(np.linalg.norm(x_BE, axis=1, keepdims=True), 1e-6)

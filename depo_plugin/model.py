@@ -3,6 +3,7 @@
 Suffixes: B = prompts, T = tokens, E = the encoder's width, H = the trunk's width.
 """
 
+import hashlib
 import importlib.util
 import os
 from pathlib import Path
@@ -31,16 +32,22 @@ class ResidualBlock(nn.Module):
         return x_BH + self.body(x_BH)
 
 
-class DifficultyModel(nn.Module):
-    """Encoder, mean pooling, a shared trunk, and two heads: score logit (pass rate) and confidence logit."""
+def pool(encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the encoder's last hidden states over the real tokens, (B, E), of (B, T) tokens."""
+    tokens_BTE = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    mask_BT1 = attention_mask[:, :, None].to(tokens_BTE.dtype)
+    return (tokens_BTE * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
 
-    def __init__(self, encoder: nn.Module, hidden: int = 1024):
-        """Put fresh heads on an encoder. hidden: the trunk's width; half of it before the heads (paper: 1024, 512)."""
+
+class DifficultyHeads(nn.Module):
+    """A shared trunk and two heads on a text's embedding: score logit (pass rate) and confidence logit."""
+
+    def __init__(self, width: int, hidden: int = 1024):
+        """width: E; hidden: the trunk's width, half of it before the heads (paper: 1024, 512)."""
         super().__init__()
-        self.encoder = encoder
         half = hidden // 2
         self.trunk = nn.Sequential(
-            nn.Linear(encoder.config.hidden_size, hidden),
+            nn.Linear(width, hidden),
             nn.LayerNorm(hidden),
             nn.GELU(),
             ResidualBlock(hidden),
@@ -56,13 +63,24 @@ class DifficultyModel(nn.Module):
             nn.init.normal_(head.weight, std=NEAR_ZERO)
             nn.init.zeros_(head.bias)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the score logits and the confidence logits, float32 (B,), of (B, T) tokens."""
-        tokens_BTE = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask_BT1 = attention_mask[:, :, None].to(tokens_BTE.dtype)
-        pooled_BE = (tokens_BTE * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
+    def forward(self, pooled_BE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the score logits and the confidence logits, float32 (B,)."""
         x_BH = self.trunk(pooled_BE)
         return self.score_head(x_BH)[:, 0].float(), self.confidence_head(x_BH)[:, 0].float()
+
+
+class DifficultyModel(nn.Module):
+    """The encoder and the heads on its mean-pooled output, trained together."""
+
+    def __init__(self, encoder: nn.Module, hidden: int = 1024):
+        """Put fresh heads on an encoder. hidden: as in DifficultyHeads."""
+        super().__init__()
+        self.encoder = encoder
+        self.heads = DifficultyHeads(encoder.config.hidden_size, hidden)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the score logits and the confidence logits, float32 (B,), of (B, T) tokens."""
+        return self.heads(pool(self.encoder, input_ids, attention_mask))
 
 
 def bundled_encoder() -> Path:
@@ -101,6 +119,15 @@ def load_encoder(model: str | None):
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return encoder, tokenizer
+
+
+def weights_digest(encoder: nn.Module) -> str:
+    """Return 16 hex digits that tell encoders' weights apart."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def token_limit(encoder: nn.Module, tokenizer, max_length: int) -> int:
