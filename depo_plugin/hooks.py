@@ -4,8 +4,8 @@ One prompt, from pool to gradient (-> is a call, who waits for whom in brackets)
 
     pool -> loader -> score -> keep? -> [rollout x G -> reward] -> observe -> [gradient] -> log
             |         (waits at most estimator.timeout_s for       |
-            |          scores asked for one batch earlier)         (sent before the gradient, runs behind it,
-            '-- plans whole batches                                 its metrics are waited for in log)
+            |          scores asked for one batch earlier)         (judged at once, learned behind the gradient;
+            '-- plans whole batches                                 log waits for the judgement alone)
 
 Driver: parse_args, resolve, start_estimator, check_attached. The process with the loader: wrap_loader, attach,
 reject. The process that trains: attach, load, check_rewards, observe, log, save. In synchronous training the last

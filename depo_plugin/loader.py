@@ -30,6 +30,10 @@ from depo_plugin.history import Scores, prompt_key
 
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
+ASK_MARGIN = (
+    1.25  # of the candidates that a batch is expected to take, so that the scores asked ahead nearly always do
+)
+RATE_KEPT = 0.8  # per batch: the expected keep rate follows about the last five
 FORCED_IN_A_ROW = 10  # batches that had to be filled up, after which one warning names the likely cause
 
 
@@ -124,6 +128,7 @@ class DifficultyFilteredLoader:
         self._open: list[int] = []  # kept positions of a batch that a pass ended before it was full (budget data)
         self._asked: Asked | None = None
         self._updates = 0  # of the estimator, as last heard
+        self._keep_rate = 0.5  # expected, after warm-up
 
     # ── The loader's side: what OpenRLHF calls ──
 
@@ -210,9 +215,9 @@ class DifficultyFilteredLoader:
     # ── Scores ──
 
     def _first_count(self) -> int:
-        """Return how many candidates to ask about at first: in warm-up all are kept, later about half, say."""
-        batches = 1 if self._updates < self._cfg.warmup_steps else 2
-        return min(batches * self._batch_size, self._scan_limit, self._left())
+        """Return how many candidates to ask about at first: a batch in warm-up, then what a batch should take."""
+        rate = 1.0 if self._updates < self._cfg.warmup_steps else self._keep_rate / ASK_MARGIN
+        return min(math.ceil(self._batch_size / rate), self._scan_limit, self._left())
 
     def _items(self, count: int) -> list[Item]:
         positions = range(self._cursor, self._cursor + count)
@@ -249,6 +254,9 @@ class DifficultyFilteredLoader:
                 if kept == wanted:  # the rest stay ahead of the cursor: asked about again with the next batch
                     break
         full = kept == wanted
+        if scanned and self._updates >= self._cfg.warmup_steps:
+            rate = RATE_KEPT * self._keep_rate + (1 - RATE_KEPT) * kept / len(scanned)
+            self._keep_rate = max(rate, 1 / self._cfg.max_scan)
         # No scan is longer than a pass, so with budget data the first of an episode always gives a batch.
         forced = not full and len(scanned) >= self._scan_limit  # more, where a resumed run lowers max_scan
         share = keep_share(kept, len(scanned), stopped=full) if kept else 1.0
@@ -336,6 +344,7 @@ class DifficultyFilteredLoader:
             "open": list(self._open),
             "asked": asked,
             "updates": int(self._updates),
+            "keep_rate": self._keep_rate,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -367,7 +376,7 @@ class DifficultyFilteredLoader:
                 "another --ckpt.path."
             )
         self._episode, self._served, self._refunds = state["episode"], state["served"], state["refunds"]
-        self._cursor, self._updates = state["cursor"], state["updates"]
+        self._cursor, self._updates, self._keep_rate = state["cursor"], state["updates"], state["keep_rate"]
         self._queue, self._open = deque(state["queue"]), list(state["open"])
         self._exhausted = False
         self._chance = {}

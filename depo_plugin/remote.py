@@ -36,7 +36,8 @@ class EstimatorActor:
         snapshot_root: folder of our checkpoints.
         """
         self.args, self.group_size, self.root = args, group_size, Path(snapshot_root)
-        self.attached, self.rejected, self.blocked_s = [], [], 0.0
+        self.attached, self.rejected, self.judged = [], [], []
+        self.blocked_s = self.update_s = 0.0
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self.build()
             self._take_up_newest()
@@ -53,7 +54,8 @@ class EstimatorActor:
             strategy = deepspeed_strategy(self.args)
         else:
             torch.set_num_threads(cfg.estimator.num_cpus)
-        self.estimator = DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy=strategy)
+        cache = self.root.with_name("depo_embeddings")  # beside our checkpoints: pruning those must not touch it
+        self.estimator = DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
 
     def _take_up_newest(self):
         updates_lost = "every step"
@@ -90,13 +92,20 @@ class EstimatorActor:
         self.rejected.append(label)
 
     def observe(self, labels: list) -> dict:
-        """Learn from one step's groups; return the step's metrics by name without the prefix depo/."""
-        start = time.perf_counter()
-        rejected, self.rejected = self.rejected, []
-        metrics = self.estimator.observe(labels + rejected)
-        metrics |= {"time_update": time.perf_counter() - start, "time_blocked": self.blocked_s}
+        """Judge one step's groups; return the step's metrics by name without the prefix depo/. learn() comes next."""
+        labels, self.rejected, self.judged = labels + self.rejected, [], []
+        metrics = self.estimator.judge(labels)
+        self.judged = labels
+        metrics |= {"time_update": self.update_s, "time_blocked": self.blocked_s}
         self.blocked_s = 0.0
         return metrics
+
+    def learn(self) -> None:
+        """Learn from the groups that were judged last: a call of its own, so that no one waits for it."""
+        start = time.perf_counter()
+        judged, self.judged = self.judged, []
+        self.estimator.learn(judged)
+        self.update_s = time.perf_counter() - start
 
     def save(self, tag: str, live_tags: set[str]) -> float:
         """Write the checkpoint `tag`, drop ours whose OpenRLHF checkpoint is gone, return the seconds it took."""
@@ -167,6 +176,7 @@ class EstimatorHandle:
         self.timeout_s = timeout_s
         self.blocked_s = 0.0
         self._degraded = False
+        self._learning = None
 
     def wait(self, ref, timeout_s: float):
         """Return what ref gives, or None where the actor died, failed or took longer than timeout_s."""
@@ -211,8 +221,15 @@ class EstimatorHandle:
         return self.wait(self.actor.keep_weights.remote(prompts, labels), self.timeout_s)
 
     def observe(self, labels: list):
-        """Send one step's labels without waiting; the returned reference gives the step's metrics."""
-        return self.actor.observe.remote(labels)
+        """Send one step's labels, to be judged and learned, without waiting.
+
+        The returned reference gives the step's metrics, before the learning; if that fails, the next call tells.
+        """
+        if self._learning is not None and ray.wait([self._learning], timeout=0)[0]:
+            self.wait(self._learning, 0)
+        metrics = self.actor.observe.remote(labels)
+        self._learning = self.actor.learn.remote()
+        return metrics
 
     def reject(self, label) -> None:
         """Send the label of a group that dynamic filtering threw away, without waiting."""
