@@ -22,6 +22,7 @@ logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 PARTIAL = ".partial"
+LATEST = "latest"  # the file that names the checkpoint a restarted actor goes on from
 
 
 class CheckpointError(RuntimeError):
@@ -143,16 +144,25 @@ def _first_valid(folders: list[Path]) -> tuple[str, dict] | None:
     return None
 
 
-def newest_valid(root: Path) -> tuple[str, dict] | None:
-    """Return (tag, state) of the newest checkpoint that can be read, None where there is none."""
-    return _first_valid(_tags(root))
-
-
 def latest_valid(root: Path, tag: str) -> tuple[str, dict] | None:
     """Return (tag, state) of the checkpoint asked for, else of the newest older one that can be read, else None."""
     asked = root / tag
     older = [folder for folder in _tags(root) if folder.name != tag and _step(folder) <= _step(asked)]
     return _first_valid([asked, *older])
+
+
+def point(root: Path, tag: str | None) -> None:
+    """Write down which checkpoint this run last saved or resumed from; None: it has none yet."""
+    root.mkdir(parents=True, exist_ok=True)
+    partial = root / (LATEST + PARTIAL)
+    _write(partial, (tag or "").encode())
+    partial.replace(root / LATEST)
+
+
+def pointed(root: Path) -> str | None:
+    """Return the tag that point() wrote, None where there is none."""
+    path = root / LATEST
+    return (path.read_text(encoding="utf-8") or None) if path.exists() else None
 
 
 def prune(root: Path, keep: set[str]) -> None:

@@ -41,6 +41,7 @@ from depo_plugin.torch_backend import TorchBackend, load_optimizer_state, optimi
 
 LOGIT_MAX = 14.0  # keeps σ(s) about 1e-6 away from 0 and 1, so that Beta(a, b) stays one
 FORGET_AFTER = 100  # planned batches after which a kept prompt that never came back is given up
+SOURCES = 32  # data sources with metrics of their own
 RATE_KEPT = 0.9  # per step: the unfiltered effective ratio follows about the last ten steps
 RATE_MIN = 0.01  # an estimate at or below 0 (few explored groups) must not divide
 COUNTED = (Reason.EXPLORED, Reason.FORCED, Reason.UNSCORED)  # reasons that are metrics
@@ -69,8 +70,9 @@ class Kept(NamedTuple):
     """What is remembered of a kept prompt until its group comes back.
 
     plan: number of the planned batch. p, v: p̂ and V when it was decided, None without a usable score. q: keep
-    probability. share: kept/scanned for its weight. scanned, sum_p, sum_v: its part, one kept-th, of all that its
-    batch scanned and of their p̂ and V, so that a batch whose groups come back in several steps is spread over them.
+    probability. share: kept/scanned for its weight. source: its data source. scanned, sum_p, sum_v: its part, one
+    kept-th, of all that its batch scanned and of their p̂ and V, so that a batch whose groups come back in several
+    steps is spread over them.
     """
 
     plan: int
@@ -79,6 +81,7 @@ class Kept(NamedTuple):
     q: float
     share: float
     reason: str
+    source: str
     scanned: float
     sum_p: float
     sum_v: float
@@ -120,6 +123,7 @@ class DifficultyEstimator:
         self._trained = np.empty(0, np.uint64)  # keys of prompts trained so far, sorted
         self._counters = {"plan": 0, "empty_steps": 0, "rollouts_saved": 0.0, "rate_sum": 0.0, "rate_weight": 0.0}
         self._unkept = [0, 0.0, 0.0]  # scanned, sum_p, sum_v of planned batches that kept nothing
+        self._sources: dict[str, list[int]] = {}  # data source -> kept, rejected since the last step
         self._recent: deque[tuple[Label, float]] = deque(maxlen=cfg.estimator.replay)  # with the ability then
         self._time_score = 0.0
         self._losses: dict[str, float] = {}
@@ -141,8 +145,11 @@ class DifficultyEstimator:
     def record(self, records: list[dict]) -> None:
         """Remember one planned batch: its kept prompts one by one, all it scanned as sums.
 
-        records: one per scanned candidate: key, p, v, q, keep, reason and share (see loader._record).
+        records: one per scanned candidate: key, p, v, q, keep, reason, datasource and share (see loader._record).
         """
+        for one in records:
+            counts = self._sources.setdefault(_source(one["datasource"], self._sources), [0, 0])
+            counts[not one["keep"]] += 1
         self._counters["plan"] += 1
         plan = self._counters["plan"]
         kept = [one for one in records if one["keep"]]
@@ -151,7 +158,8 @@ class DifficultyEstimator:
         self._unkept = [0, 0.0, 0.0] if kept else sums
         parts = [total / max(1, len(kept)) for total in sums]
         for one in kept:
-            entry = Kept(plan, one["p"], one["v"], one["q"], one["share"], str(one["reason"]), *parts)
+            source = _source(one["datasource"], self._sources)
+            entry = Kept(plan, one["p"], one["v"], one["q"], one["share"], str(one["reason"]), source, *parts)
             self._kept.setdefault(one["key"], deque()).append(entry)
         fresh = {key: deque(e for e in entries if e.plan > plan - FORGET_AFTER) for key, entries in self._kept.items()}
         self._kept = {key: entries for key, entries in fresh.items() if entries}
@@ -198,6 +206,7 @@ class DifficultyEstimator:
         kept = [self._take(key) for key in keys]
         p_B, v_B = self._predicted(keys, labels, kept)
         metrics = prediction_metrics(p_B, v_B, y_B, signal_B) | self._stream_metrics(kept, y_B, signal_B)
+        metrics |= self._source_metrics(kept, y_B)
         trained = [key for key, label in zip(keys, labels, strict=True) if label.d is not None]
         self._trained = np.union1d(self._trained, np.array(trained, np.uint64))
         self._metrics = metrics | self._losses | self._totals() | {"time_score": self._time_score}
@@ -268,6 +277,18 @@ class DifficultyEstimator:
             metrics["effective_gain"] = float(signal_B.mean()) / rate
             totals["rollouts_saved"] += self._group_size * (float(signal_B.sum()) / rate - len(kept))
         return {name: float(value) for name, value in metrics.items()}
+
+    def _source_metrics(self, kept: list[Kept | None], y_B: np.ndarray) -> dict[str, float]:
+        """Say what was kept and rejected since the last step, and this step's pass rate, by data source."""
+        if len(self._sources) < 2:
+            return {}  # nothing to tell apart
+        metrics = {}
+        for source, counts in self._sources.items():
+            metrics |= {f"kept/{source}": float(counts[0]), f"rejected/{source}": float(counts[1])}
+            counts[:] = 0, 0
+            if rates := [y for e, y in zip(kept, y_B.tolist(), strict=True) if e is not None and e.source == source]:
+                metrics[f"pass_rate/{source}"] = float(np.mean(rates))
+        return metrics
 
     def _totals(self) -> dict[str, float]:
         """Return the metrics that exist with or without labels."""
@@ -435,6 +456,7 @@ class DifficultyEstimator:
             "belief": self._belief.state_dict(),
             "records": [[key, *entry] for key, entries in self._kept.items() for entry in entries],
             "unkept": list(self._unkept),
+            "sources": {source: list(counts) for source, counts in self._sources.items()},
             "trained": self._trained.copy(),
             "recent": [[*vars(label).values(), ability] for label, ability in self._recent],
             "losses": dict(self._losses),
@@ -464,10 +486,17 @@ class DifficultyEstimator:
         self._kept = {}
         for key, *entry in state["records"]:
             self._kept.setdefault(key, deque()).append(Kept(*entry))
+        self._sources = {source: list(counts) for source, counts in state["sources"].items()}
         self._unkept, self._trained = list(state["unkept"]), np.array(state["trained"], np.uint64)
         recent = ((Label(*label), ability) for *label, ability in state["recent"])
         self._recent, self._losses = deque(recent, maxlen=self._cfg.replay), dict(state["losses"])
         self._counters, self._seed, self.updates = dict(state["counters"]), state["rng"], state["updates"]
+
+
+def _source(name: str, known: dict) -> str:
+    """Return the data source as metrics name it: no logger is to get one metric for each of thousands."""
+    name = str(name).replace("/", "_")
+    return name if name in known or len(known) < SOURCES else "others"
 
 
 def _unit(x_BE: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ The estimator is advice, never a dependency: the handle turns a dead or slow act
 keeps every prompt) with one warning; Ray restarts the actor, which takes up its newest checkpoint.
 """
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ class EstimatorActor:
     """Hosts one DifficultyEstimator; calls of one caller run in the order they were made."""
 
     def __init__(self, args, group_size: int, snapshot_root: str):
-        """Wait for build(); a restarted actor builds at once and takes up its newest checkpoint.
+        """Wait for build(); a restarted actor builds at once and takes up this run's latest checkpoint.
 
         args: OpenRLHF's arguments (args.depo holds our settings); group_size: responses per prompt;
         snapshot_root: folder of our checkpoints.
@@ -40,7 +41,10 @@ class EstimatorActor:
         self.blocked_s = self.update_s = 0.0
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self.build()
-            self._take_up_newest()
+            self._take_up_latest()
+        else:
+            with contextlib.suppress(OSError):  # a folder that cannot be written has none of this run's, either
+                checkpoint.point(self.root, None)  # what lies there is of an earlier run, until load() says otherwise
 
     def build(self) -> None:
         """Build the estimator on this actor's device: a DeepSpeed engine with a GPU share, plain torch without."""
@@ -55,11 +59,17 @@ class EstimatorActor:
         else:
             torch.set_num_threads(cfg.estimator.num_cpus)
         cache = self.root.with_name("depo_embeddings")  # beside our checkpoints: pruning those must not touch it
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning("DEPO: embeddings are kept in a temporary folder: %s", error)
+            cache = None
         self.estimator = DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
 
-    def _take_up_newest(self):
+    def _take_up_latest(self):
         updates_lost = "every step"
-        newest = checkpoint.newest_valid(self.root)
+        tag = checkpoint.pointed(self.root)
+        newest = checkpoint.latest_valid(self.root, tag) if tag else None
         if newest is not None:
             tag, state = newest
             self.estimator.load_state_dict(state)
@@ -111,6 +121,7 @@ class EstimatorActor:
         """Write the checkpoint `tag`, drop ours whose OpenRLHF checkpoint is gone, return the seconds it took."""
         start = time.perf_counter()
         checkpoint.save(self.root / tag, self.estimator.state_dict())
+        checkpoint.point(self.root, tag)
         checkpoint.prune(self.root, live_tags | {tag})
         return time.perf_counter() - start
 
@@ -121,6 +132,7 @@ class EstimatorActor:
             return None
         used, state = found
         self.estimator.load_state_dict(state)
+        checkpoint.point(self.root, used)
         return used
 
 
@@ -176,7 +188,7 @@ class EstimatorHandle:
         self.timeout_s = timeout_s
         self.blocked_s = 0.0
         self._degraded = False
-        self._learning = None
+        self._sent = []  # calls that no one waits for
 
     def wait(self, ref, timeout_s: float):
         """Return what ref gives, or None where the actor died, failed or took longer than timeout_s."""
@@ -203,6 +215,15 @@ class EstimatorHandle:
             )
         self._degraded = True
 
+    def _send(self, ref):
+        """Let a call run; say what became of the ones before that have ended since."""
+        ended, self._sent = ray.wait([*self._sent, ref], num_returns=len(self._sent) + 1, timeout=0)
+        for one in ended:
+            try:
+                ray.get(one)
+            except (RayActorError, RayTaskError) as error:
+                self._degrade(error)
+
     def take_blocked_s(self) -> float:
         """Return the seconds waited since the last call."""
         blocked, self.blocked_s = self.blocked_s, 0.0
@@ -214,7 +235,7 @@ class EstimatorHandle:
 
     def record(self, records: list[dict]) -> None:
         """Tell the estimator what was scanned and kept, without waiting."""
-        self.actor.record.remote(records, self.take_blocked_s())
+        self._send(self.actor.record.remote(records, self.take_blocked_s()))
 
     def keep_weights(self, prompts: list[str], labels: list[str]) -> tuple[list[float], list[float]] | None:
         """Return keep probabilities and kept/scanned of these prompts, None where the estimator cannot answer."""
@@ -225,15 +246,13 @@ class EstimatorHandle:
 
         The returned reference gives the step's metrics, before the learning; if that fails, the next call tells.
         """
-        if self._learning is not None and ray.wait([self._learning], timeout=0)[0]:
-            self.wait(self._learning, 0)
         metrics = self.actor.observe.remote(labels)
-        self._learning = self.actor.learn.remote()
+        self._send(self.actor.learn.remote())
         return metrics
 
     def reject(self, label) -> None:
         """Send the label of a group that dynamic filtering threw away, without waiting."""
-        self.actor.reject.remote(label)
+        self._send(self.actor.reject.remote(label))
 
     def save(self, tag: str, live_tags: set[str]) -> float | None:
         """Write the checkpoint `tag`; return the seconds it took, None where it failed."""

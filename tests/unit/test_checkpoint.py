@@ -124,12 +124,20 @@ def test_latest_valid_falls_back_to_the_newest_older_one_by_number(tmp_path, cap
     assert checkpoint.latest_valid(tmp_path / "nowhere", "global_step5") is None
 
 
-def test_newest_valid_skips_damaged_and_unfinished_ones(tmp_path):
+def test_latest_valid_skips_damaged_and_unfinished_ones(tmp_path):
     save(tmp_path, "global_step9", "global_step10", "global_step11")
     (tmp_path / "global_step11" / checkpoint.MANIFEST).unlink()
     (tmp_path / "global_step10").rename(tmp_path / ("global_step10" + checkpoint.PARTIAL))
-    assert checkpoint.newest_valid(tmp_path)[0] == "global_step9"
-    assert checkpoint.newest_valid(tmp_path / "nowhere") is None
+    assert checkpoint.latest_valid(tmp_path, "global_step11")[0] == "global_step9"
+
+
+def test_the_pointer_says_what_this_run_saved_last(tmp_path):
+    assert checkpoint.pointed(tmp_path / "new") is None
+    for tag in ("global_step4", None, "best_global_step2"):
+        checkpoint.point(tmp_path / "new", tag)
+        assert checkpoint.pointed(tmp_path / "new") == tag
+    checkpoint.prune(tmp_path / "new", set())
+    assert checkpoint.pointed(tmp_path / "new") == "best_global_step2"
 
 
 def test_prune_keeps_what_it_is_told_and_removes_leftovers(tmp_path):
