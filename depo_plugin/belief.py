@@ -12,7 +12,7 @@ follows the policy as it improves. Handed on is the Beta distribution of the sam
 Sources: item-response (Rasch) model; assumed-density filtering (Opper 1998) with the sites of expectation propagation
 (Minka 2001); τ² and the weights' prior by expectation maximisation.
 
-Suffixes: B = prompts of one call, F = features, Q = quadrature nodes, D = candidate shifts of the ability.
+Suffixes: B = prompts of one call, F = features, V = visits, Q = quadrature nodes, D = candidate shifts of the ability.
 """
 
 import math
@@ -20,13 +20,13 @@ import math
 import numpy as np
 
 from depo_plugin.config import HistoryConfig
-from depo_plugin.history import Evidence, PromptHistory
+from depo_plugin.history import VISITS, Evidence, PromptHistory, no_evidence
 
 NODES = np.linspace(-6.0, 6.0, 41)  # of a posterior, in its own standard deviations
 SPREAD_START = 2.5  # τ², worth SPREAD_WEIGHT groups
 SPREAD_WEIGHT = 20.0
 SPREAD_RANGE = (1e-6, 25.0)
-SPREAD_KEPT = 0.98  # per update: τ² follows about the last 50 updates
+SPREAD_KEPT = 0.9997  # per new prompt: τ² follows about the last 3000
 ABILITY_START = 4.0  # variance of the ability before the first group
 ABILITY_STEP = 0.05**2  # variance of its random walk, per update
 JUMP_CHANCE, JUMP = 0.01, 1.5**2  # of a jump per update, and its variance
@@ -37,6 +37,7 @@ WEIGHT_RANGE = (0.05, 50.0)
 WEIGHT_RATE = 0.3  # of the way the prior variance moves towards its estimate, per update
 TEXT_KEPT = 0.998  # of the evidence about w per update
 PRECISION_MIN = 1e-4
+CAVITY_MIN = 1e-4  # a share of a variance that rounding must not make negative
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -70,19 +71,21 @@ def posterior(mean_B, variance_B, evidence: Evidence) -> tuple[np.ndarray, np.nd
 
     The density is log-concave: Newton finds its mode, the nodes cover six standard deviations to each side.
     """
-    failures_B = evidence.samples - evidence.successes
     precision_B = 1 / variance_B
+    samples_BV = evidence.samples
     mode_B = mean_B.copy()
     for _ in range(12):
-        p_B = sigmoid(mode_B + evidence.ability)
-        slope_B = evidence.successes - evidence.samples * p_B - (mode_B - mean_B) * precision_B
-        curvature_B = evidence.samples * p_B * (1 - p_B) + precision_B
+        p_BV = sigmoid(mode_B[:, None] + evidence.ability)
+        slope_B = (evidence.successes - samples_BV * p_BV).sum(1) - (mode_B - mean_B) * precision_B
+        curvature_B = (samples_BV * p_BV * (1 - p_BV)).sum(1) + precision_B
         mode_B = mode_B + np.clip(slope_B / curvature_B, -2.0, 2.0)
-    p_B = sigmoid(mode_B + evidence.ability)
-    width_B = 1 / np.sqrt(evidence.samples * p_B * (1 - p_B) + precision_B)
+    p_BV = sigmoid(mode_B[:, None] + evidence.ability)
+    width_B = 1 / np.sqrt((samples_BV * p_BV * (1 - p_BV)).sum(1) + precision_B)
     x_BQ = mode_B[:, None] + width_B[:, None] * NODES
     log_BQ = -0.5 * precision_B[:, None] * (x_BQ - mean_B[:, None]) ** 2
-    log_BQ += log_likelihood(x_BQ + evidence.ability[:, None], evidence.successes[:, None], failures_B[:, None])
+    for visit in range(VISITS):
+        successes, samples, ability = (x[:, visit, None] for x in evidence[:3])
+        log_BQ += log_likelihood(x_BQ + ability, successes, samples - successes)
     weights_BQ = np.exp(log_BQ - log_BQ.max(1, keepdims=True))
     return x_BQ, weights_BQ / weights_BQ.sum(1, keepdims=True)
 
@@ -98,6 +101,11 @@ def beta_of(p_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.nd
     mean_B, variance_B = moments(p_BQ, weights_BQ)
     total_B = np.clip(mean_B * (1 - mean_B) / np.maximum(variance_B, 1e-12) - 1, 1e-3, 1e6)
     return mean_B * total_B, (1 - mean_B) * total_B
+
+
+def _with_score(features_BF, score_B):
+    """Return a copy of the features with other score logits."""
+    return np.c_[score_B, features_BF[:, 1:]]
 
 
 class Belief:
@@ -148,8 +156,9 @@ class Belief:
 
         keys: prompt keys; s_B: score logits; text_BF: embeddings of unit length, (B, 0) without; now: updates so far.
         """
-        mean_B, variance_B = self._text(self._features(s_B, text_BF))
-        x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(keys, now))
+        known = self._history.evidence(np.asarray(keys, np.uint64), now)
+        mean_B, variance_B = self._text(self._features(s_B, text_BF), known)
+        x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(known))
         return beta_of(sigmoid(x_BQ + self.ability), weights_BQ)
 
     def update(self, keys: list[int], s_B, text_BF, successes_B, samples_B, now: int) -> None:
@@ -162,23 +171,18 @@ class Belief:
         keys_B, first_B, group_B = np.unique(np.asarray(keys, np.uint64), return_index=True, return_inverse=True)
         features_BF = self._features(s_B, text_BF)[first_B]
         successes_B, samples_B = np.bincount(group_B, successes_B), np.bincount(group_B, samples_B)
-        mean_B, variance_B = self._text(features_BF)
         before = self._history.evidence(keys_B, now)
+        mean_B, variance_B = self._text(features_BF, before)
         if self._cfg.drift:
-            believed = posterior(mean_B, variance_B + self.spread, self._own(keys_B, now))
+            believed = posterior(mean_B, variance_B + self.spread, self._own(before))
             self._follow(*believed, successes_B, samples_B)
-        total_B = before.samples + samples_B
-        after = before._replace(
-            successes=before.successes + successes_B,
-            samples=total_B,
-            ability=(before.samples * before.ability + samples_B * self.ability) / total_B,
-        )
+        after = before.with_visit(successes_B, samples_B, self.ability)
         site_mean_B, site_precision_B = self._sites(mean_B, variance_B, after)
-        self._fit_spread(mean_B, variance_B, site_mean_B, site_precision_B)
+        self._fit_spread(mean_B, variance_B, site_mean_B, site_precision_B, before.samples.sum(1) == 0)
         if self._cfg.share:
             precision_B = 1 / (1 / site_precision_B + self.spread)
             self._learn_text(features_BF, before, site_mean_B, precision_B)
-            after = after._replace(site_mean=site_mean_B, site_precision=precision_B)
+            after = after._replace(site_mean=site_mean_B, site_precision=precision_B, site_score=features_BF[:, 0])
         self._history.put(keys_B, after, now)
 
     # ── The text ──
@@ -191,12 +195,24 @@ class Belief:
         widened_B = np.asarray(s_B, np.float64) / self.narrowed(1.0)
         return np.c_[widened_B, np.ones(len(widened_B)), np.asarray(text_BF, np.float64)]
 
-    def _text(self, features_BF):
-        """Return mean_B and variance_B of w·φ."""
+    def _text(self, features_BF, known: Evidence):
+        """Return mean_B and variance_B of w·φ, as all prompts but the one itself have taught it.
+
+        A known prompt's own site is taken out of the regression again (its cavity distribution), or its groups would
+        count twice: once as its own, once by way of the text. It is taken out as it was put in, with the score logit
+        of then: with the one of now, more of a weight could be taken than was ever there.
+        """
         if not self._cfg.share:
             return features_BF[:, 0].copy(), np.zeros(len(features_BF))
+        mean_B = features_BF @ self._weights_F
         variance_B = np.einsum("bf,bf->b", features_BF @ self._covariance_FF, features_BF)
-        return features_BF @ self._weights_F, np.maximum(variance_B, 0.0)
+        site_B = known.site_precision * TEXT_KEPT**known.age
+        then_BF = _with_score(features_BF, known.site_score)
+        side_BF = then_BF @ self._covariance_FF
+        shared_B = np.einsum("bf,bf->b", side_BF, features_BF)
+        left_B = np.maximum(1 - site_B * np.einsum("bf,bf->b", side_BF, then_BF), CAVITY_MIN)
+        error_B = known.site_mean - then_BF @ self._weights_F
+        return mean_B - site_B * shared_B * error_B / left_B, variance_B + site_B * shared_B**2 / left_B
 
     def _learn_text(self, features_BF, before: Evidence, mean_B, precision_B):
         """Put each prompt's site into the regression, in the place of the one its earlier groups gave."""
@@ -208,9 +224,10 @@ class Belief:
         self._information_FF *= fade
         self._vector_F *= fade
         old_B = before.site_precision * fade**before.age
-        change_B = precision_B - old_B
-        self._information_FF += (features_BF * change_B[:, None]).T @ features_BF
-        self._vector_F += features_BF.T @ (precision_B * mean_B - old_B * before.site_mean)
+        then_BF = _with_score(features_BF, before.site_score)
+        self._information_FF += (features_BF * precision_B[:, None]).T @ features_BF
+        self._information_FF -= (then_BF * old_B[:, None]).T @ then_BF
+        self._vector_F += features_BF.T @ (precision_B * mean_B) - then_BF.T @ (old_B * before.site_mean)
         self._solve()
 
     def _solve(self):
@@ -222,11 +239,9 @@ class Belief:
 
     # ── The prompts ──
 
-    def _own(self, keys, now) -> Evidence:
+    def _own(self, known: Evidence) -> Evidence:
         """Return the prompts' own evidence, none where the text alone is to count."""
-        if self._cfg.kappa == "inf":
-            return Evidence(*np.zeros((6, len(keys))))
-        return self._history.evidence(np.asarray(keys, np.uint64), now)
+        return no_evidence(len(known.age)) if self._cfg.kappa == "inf" else known
 
     def _sites(self, mean_B, variance_B, evidence: Evidence):
         """Return mean_B and precision_B of the normal that stands for what the evidence says of x."""
@@ -235,13 +250,17 @@ class Belief:
         precision_B = np.maximum(1 / left_B - 1 / prior_B, PRECISION_MIN)
         return (found_B / left_B - mean_B / prior_B) / precision_B, precision_B
 
-    def _fit_spread(self, mean_B, variance_B, site_mean_B, site_precision_B):
-        """One step of expectation maximisation of τ²: the mean of r² under the prompts' posteriors, faded."""
+    def _fit_spread(self, mean_B, variance_B, site_mean_B, site_precision_B, new_B):
+        """One step of expectation maximisation of τ²: the mean of r² under the posteriors of new prompts.
+
+        Met again are those that the filter kept for what it knew of their r: they would make the spread too small.
+        """
         spread = self.spread
         gain_B = spread / (spread + 1 / site_precision_B + variance_B)
         squares_B = (gain_B * (site_mean_B - mean_B)) ** 2 + spread * (1 - gain_B)
-        self._spread_sum = SPREAD_KEPT * self._spread_sum + float(squares_B.sum())
-        self._spread_weight = SPREAD_KEPT * self._spread_weight + len(squares_B)
+        fade = SPREAD_KEPT ** new_B.sum()
+        self._spread_sum = fade * self._spread_sum + float(squares_B[new_B].sum())
+        self._spread_weight = fade * self._spread_weight + float(new_B.sum())
 
     # ── The ability ──
 
