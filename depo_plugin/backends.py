@@ -55,7 +55,6 @@ class DeepSpeedBackend:
             args={"local_rank": int(os.environ.get("LOCAL_RANK", "-1"))},
             dist_init_required=False,
         )
-        self.forward = self.engine
 
     def step(self, loss) -> float:
         """Make one optimizer step from the loss; return the gradient's norm before clipping."""

@@ -74,7 +74,7 @@ def posterior(mean_B, variance_B, evidence: Evidence) -> tuple[np.ndarray, np.nd
     precision_B = 1 / variance_B
     samples_BV = evidence.samples
     mode_B = mean_B.copy()
-    for _ in range(12):
+    for _ in range(25):  # of at most 2 each: from any score logit to any mode
         p_BV = sigmoid(mode_B[:, None] + evidence.ability)
         slope_B = (evidence.successes - samples_BV * p_BV).sum(1) - (mode_B - mean_B) * precision_B
         curvature_B = (samples_BV * p_BV * (1 - p_BV)).sum(1) + precision_B
@@ -311,11 +311,11 @@ class Belief:
         if state["information"].shape != self._information_FF.shape:
             raise ValueError(
                 f"belief: it was learned with {len(state['vector']) - 2} text features, here are "
-                f"{len(self._vector_F) - 2}. Resume with the same --depo.estimator.mode."
+                f"{len(self._vector_F) - 2}. Resume with the same --depo.estimator.mode and --depo.history.share."
             )
+        self._history.load_state_dict(state["history"])
         self.ability, self._ability_variance = state["ability"]
         self._spread_sum, self._spread_weight = state["spread"]
         self._weight_variance = state["weight_variance"]
         self._information_FF, self._vector_F = np.array(state["information"]), np.array(state["vector"])
-        self._history.load_state_dict(state["history"])
         self._solve()

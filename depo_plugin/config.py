@@ -55,8 +55,8 @@ class FilterConfig:
     low: float = setting(0.15, "window: lowest predicted pass rate that is kept", FRACTION)
     high: float = setting(0.85, "window: highest predicted pass rate that is kept", FRACTION)
     min_utility: float = setting(0.5, "utility: least chance that a group has any signal", FRACTION)
-    epsilon: float = setting(0.05, "exploration: chance that a rejected prompt is kept anyway", FRACTION)
-    warmup_steps: int = setting(20, "estimator updates during which every prompt is kept", integer(0))
+    epsilon: float = setting(0.02, "exploration: chance that a rejected prompt is kept anyway", FRACTION)
+    warmup_steps: int = setting(5, "estimator updates during which every prompt is kept", integer(0))
     max_scan: int = setting(4, "prompts scanned for one batch at most, in batches", integer(1))
     budget: str = setting(
         "steps", "an episode is as many steps as without DEPO (steps) or one pass (data)", choice("steps", "data")
@@ -101,13 +101,17 @@ class EstimatorConfig:
     w_rank: float = setting(3.0, "weight of the ranking loss", NOT_NEGATIVE)
     rank_delta: float = setting(0.05, "difference in pass rate above which a pair is ranked", FRACTION)
     rank_margin: float = setting(0.5, "ranking: wanted distance of the score logits", NOT_NEGATIVE)
-    micro_batch_size: int = setting(64, "prompts per forward pass", integer(1))
-    dtype: str = setting("fp32", "precision of computing (weights are always fp32)", choice("fp32", "bf16"))
+    micro_batch_tokens: int | None = setting(
+        None, "padded tokens per forward pass (none: 1024 on a CPU, 8192 on a GPU)", or_none(integer(1))
+    )
+    dtype: str = setting(
+        "auto", "precision of the encoder's computing (auto: the faster one here)", choice("auto", "fp32", "bf16")
+    )
     num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
     num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
     timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
-    updates_per_step: int = setting(2, "optimizer steps of the estimator per training step", integer(0))
-    replay: int = setting(256, "recent groups that updates learn from again (0: none, the paper)", integer(0))
+    updates_per_step: int = setting(1, "optimizer steps of the estimator per training step", integer(0))
+    replay: int = setting(1024, "recent groups that updates learn from again (0: none, the paper)", integer(0))
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class HistoryConfig:
     """What is remembered of each prompt."""
 
     kappa: float | str = setting("fit", "samples that the text is worth: fitted, inf (text only), or a number", KAPPA)
-    discount: float = setting(0.99, "evidence kept per estimator update since a prompt was last seen", SHARE)
+    discount: float = setting(0.998, "evidence kept per estimator update since a prompt was last seen", SHARE)
     drift: bool = setting(True, "let all beliefs follow the policy's ability", SWITCH)
     share: bool = setting(True, "let similar prompts share evidence (a regression on the text's embedding)", SWITCH)
 

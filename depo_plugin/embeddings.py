@@ -59,7 +59,10 @@ class EmbeddingCache:
         """Return the index of the first occurrence of each key that has no row, in order of occurrence."""
         _, first = np.unique(keys_B, return_index=True)
         first = np.sort(first)
-        return first[~np.isin(keys_B[first], self._keys)]
+        at = np.searchsorted(self._keys, keys_B[first])
+        known = at < len(self._keys)
+        known[known] = self._keys[at[known]] == keys_B[first][known]
+        return first[~known]
 
     def _whole(self) -> int:
         """Return how many rows both files hold whole."""
@@ -71,8 +74,9 @@ class EmbeddingCache:
         count = self._whole()
         if count <= self._count:
             return
-        self._keys_file.seek(8 * self._count)
-        added = np.frombuffer(self._keys_file.read(8 * (count - self._count)), np.uint64)
+        # Past Python's buffer: it may hold what another process has since cut off and written anew.
+        added = os.pread(self._keys_file.fileno(), 8 * (count - self._count), 8 * self._count)
+        added = np.frombuffer(added, np.uint64)
         places = np.arange(self._count, count, dtype=np.int32)
         keys, places = np.r_[self._keys, added], np.r_[self._places, places]
         self._keys, first = np.unique(keys, return_index=True)  # of equal ones the oldest

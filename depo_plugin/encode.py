@@ -1,7 +1,25 @@
-"""Prompts to token batches. Suffixes: B = prompts, T = tokens of the longest one."""
+"""Prompts to token batches, and how they are computed: in which precision, and what is kept for the backward pass.
+
+Suffixes: B = prompts, T = tokens of the longest one.
+"""
+
+import contextlib
+import time
 
 import numpy as np
 import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from depo_plugin.model import pool
+
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # a CPU is fastest while a layer's activations stay in its cache
+GROWTH, SLACK = 1.125, 8  # a micro-batch's longest prompt: at most 1.125 times its shortest and 8 tokens more
+KEPT_BYTES = 6 << 30  # of activations that one call keeps for the backward pass: 128 mixed prompts of a small encoder
+UNIT_BYTES = 68  # of activations per token, layer and unit of width (measured with MiniLM, the same in both precisions)
+GAIN = 1.25  # how much faster bf16 must be, or the noise of a busy machine would decide
+PROBE_SECONDS, PROBE_RUNS = 0.7, 3
+PROBE_PROMPTS, PROBE_TOKENS = {"cpu": 1, "cuda": 64}, 128  # enough to keep the device busy
 
 
 def tokenize(tokenizer, prompts: list[str], max_length: int) -> list[list[int]]:
@@ -15,10 +33,21 @@ def tokenize(tokenizer, prompts: list[str], max_length: int) -> list[list[int]]:
     return [one or [tokenizer.pad_token_id] for one in ids]
 
 
-def micro_batches(ids: list[list[int]], size: int) -> list[np.ndarray]:
-    """Return the indices of each micro-batch, at most `size` each; like lengths stand together to save padding."""
-    order = np.argsort([len(one) for one in ids], kind="stable")
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def micro_batches(ids: list[list[int]], tokens: int) -> list[np.ndarray]:
+    """Return the indices of each micro-batch: at most `tokens` with the padding, or one prompt that is longer.
+
+    Shortest first. Like lengths stand together: little of a micro-batch is padding, however few prompts there are.
+    """
+    length_B = np.array([len(one) for one in ids], np.int64)
+    batches: list[list[int]] = []
+    for i in np.argsort(length_B, kind="stable"):
+        here = batches[-1] if batches else []
+        full = not here or (len(here) + 1) * length_B[i] > tokens
+        if full or length_B[i] > GROWTH * length_B[here[0]] + SLACK:
+            batches.append([i])
+        else:
+            here.append(i)
+    return [np.array(batch) for batch in batches]
 
 
 def pad(ids: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,3 +56,67 @@ def pad(ids: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.
     input_ids = torch.tensor([one + [pad_id] * (width - len(one)) for one in ids], device=device)
     mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in ids], device=device)
     return input_ids, mask
+
+
+def activation_bytes(config, tokens: int) -> int:
+    """Return about how much memory the backward pass of so many padded tokens needs. config: the encoder's."""
+    return UNIT_BYTES * config.num_hidden_layers * config.hidden_size * tokens
+
+
+def autocast(device: torch.device, dtype: str):
+    """Return a context that computes in fp32 or bf16. Gradients must be switched on or off before it is entered.
+
+    Without them weights are cast once for all micro-batches (those that require gradients: a frozen encoder's must,
+    too). With them, that would sum gradients in bf16.
+    """
+    enabled, cache = dtype == "bf16", not torch.is_grad_enabled()
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
+
+
+class Fp32Attention(TorchFunctionMode):
+    """Inside, attention is computed in fp32 whatever the rest is: torch's bf16 kernel for CPUs is the slower one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
+
+
+def _widened(value):
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def embed(encoder: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the prompts' embeddings, float32 (B, E), of (B, T) tokens."""
+    with Fp32Attention() if input_ids.device.type == "cpu" else contextlib.nullcontext():
+        return pool(encoder, input_ids, attention_mask).float()
+
+
+def fastest_dtype(encoder: torch.nn.Module, device: torch.device, max_length: int) -> str:
+    """Return bf16 where this encoder is clearly faster in it on this device, else fp32, in less than a second.
+
+    CPUs without bf16 instructions compute in it several times slower than in fp32. max_length: tokens of a prompt.
+    """
+    best = {"fp32": float("inf"), "bf16": float("inf")}
+    end = time.perf_counter() + PROBE_SECONDS
+    for _ in range(PROBE_RUNS):
+        for dtype in best:
+            best[dtype] = min(best[dtype], probe_seconds(encoder, device, min(max_length, PROBE_TOKENS), dtype))
+        if time.perf_counter() > end:
+            break
+    return "bf16" if best["bf16"] * GAIN < best["fp32"] else "fp32"
+
+
+def probe_seconds(encoder: torch.nn.Module, device: torch.device, tokens: int, dtype: str) -> float:
+    """Return the seconds of one small forward pass; infinity where it fails or its result is not finite."""
+    shape = PROBE_PROMPTS[device.type], tokens
+    ids = torch.arange(shape[0] * tokens, device=device).view(shape) % encoder.config.vocab_size
+    start = time.perf_counter()
+    try:
+        with torch.no_grad(), autocast(device, dtype):
+            fine = bool(embed(encoder, ids, torch.ones_like(ids)).isfinite().all())  # waits for a GPU
+    except RuntimeError:
+        return float("inf")
+    return time.perf_counter() - start if fine else float("inf")

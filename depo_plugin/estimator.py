@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections import deque
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,12 @@ from depo_plugin.model import (
     DifficultyModel,
     encoder_name,
     load_encoder,
-    pool,
     token_limit,
     weights_digest,
 )
 from depo_plugin.torch_backend import TorchBackend, load_optimizer_state, optimizer_state
 
+RECOMPUTED = partial(recompute, encode.embed, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in it
 LOGIT_MAX = 14.0  # keeps σ(s) about 1e-6 away from 0 and 1, so that Beta(a, b) stays one
 FORGET_AFTER = 100  # planned batches after which a kept prompt that never came back is given up
 SOURCES = 32  # data sources with metrics of their own
@@ -112,9 +113,14 @@ class DifficultyEstimator:
             from depo_plugin.backends import DeepSpeedBackend
 
             self.backend = DeepSpeedBackend(model, groups, cfg.estimator.max_norm, strategy)
+        device = self.backend.device
+        self._heads = model if self._frozen else model.heads
+        self._encoder.eval().to(device)  # for good: dropout is the heads' alone
+        asked = cfg.estimator.dtype
+        self._dtype = encode.fastest_dtype(self._encoder, device, self._max_length) if asked == "auto" else asked
+        self._micro_batch_tokens = cfg.estimator.micro_batch_tokens or encode.MICRO_BATCH_TOKENS[device.type]
         self._cache = None
         if self._frozen:
-            self._encoder.eval().requires_grad_(False).to(self.backend.device)
             if cache_dir is not None:
                 cache_dir = cache_dir / f"{weights_digest(self._encoder)}-{self._max_length}"
             self._cache = EmbeddingCache(cache_dir, width)
@@ -220,10 +226,11 @@ class DifficultyEstimator:
         keys = [prompt_key(label.prompt, label.label) for label in labels]
         n_B = np.array([label.n for label in labels], np.float64)
         y_B = np.array([label.y for label in labels])
-        text = self._text([label.prompt for label in labels])
-        self._belief.update(keys, *text, y_B * n_B, n_B, self.updates)
+        with torch.set_grad_enabled(self._cfg.updates_per_step > 0):
+            x_BE = self._pooled([label.prompt for label in labels])  # one pass for the belief and the first step
+        self._belief.update(keys, *self._read(x_BE), y_B * n_B, n_B, self.updates)
         groups = [(label, self._belief.ability) for label in labels]
-        self._losses = self._learn(groups)
+        self._losses = self._learn(groups, x_BE)
         self._recent.extend(groups)
         self.updates += 1
 
@@ -326,93 +333,89 @@ class DifficultyEstimator:
             groups.append({**groups[0], "params": encoder, "lr": cfg.lr * cfg.encoder_lr_ratio})
         return groups
 
-    def _autocast(self):
-        return torch.autocast(self.backend.device.type, torch.bfloat16, enabled=self._cfg.dtype == "bf16")
+    def _encode(self, prompts: list[str]) -> torch.Tensor:
+        """Return the encoder's embeddings of these prompts, float32 (B, E).
 
-    def _tokens(self, prompts: list[str], forward) -> torch.Tensor:
-        """Return what forward(input_ids, mask) gives for these prompts, (..., B), computed in micro-batches."""
+        Where gradients are on, activations are kept up to encode.KEPT_BYTES; what is beyond is computed anew in the
+        backward pass.
+        """
+        if not prompts:
+            return torch.empty(0, self._encoder.config.hidden_size, device=self.backend.device)
         ids = encode.tokenize(self._tokenizer, prompts, self._max_length)
-        batches = encode.micro_batches(ids, self._cfg.micro_batch_size)
-        with self._autocast():
-            parts = [
-                forward(*encode.pad([ids[i] for i in batch], self._tokenizer.pad_token_id, self.backend.device))
-                for batch in batches
-            ]
+        batches = encode.micro_batches(ids, self._micro_batch_tokens)
+        room = encode.KEPT_BYTES if torch.is_grad_enabled() else float("inf")
+        rows = []
+        with encode.autocast(self.backend.device, self._dtype):
+            for batch in batches:
+                tokens = encode.pad([ids[i] for i in batch], self._tokenizer.pad_token_id, self.backend.device)
+                room -= encode.activation_bytes(self._encoder.config, tokens[0].numel())
+                rows.append((encode.embed if room >= 0 else RECOMPUTED)(self._encoder, *tokens))
         back = torch.from_numpy(np.argsort(np.concatenate(batches))).to(self.backend.device)
-        return torch.cat(parts, dim=-1)[..., back]
+        return torch.cat(rows)[back]
 
-    def _embed(self, prompts: list[str]) -> np.ndarray:
-        """Return the frozen encoder's embeddings, float32 (B, E); of texts that were met before, from the cache."""
+    def _pooled(self, prompts: list[str]) -> torch.Tensor:
+        """Return what the heads read, float32 (B, E): embeddings; of a frozen encoder from the cache, of length √E."""
+        if not self._frozen:
+            return self._encode(prompts)
 
         def compute(missing):
-            texts = [prompts[i] for i in missing]
             with torch.no_grad():
-                x_EB = self._tokens(texts, lambda ids, mask: pool(self._encoder, ids, mask).float().T)
-            return x_EB.T.cpu().numpy()
+                return self._encode([prompts[i] for i in missing]).cpu().numpy()
 
         keys_B = np.array([prompt_key(prompt, "") for prompt in prompts], np.uint64)
-        return self._cache.get(keys_B, compute).astype(np.float32)
-
-    def _logits(self, prompts: list[str], whole: bool = True) -> torch.Tensor:
-        """Return score and confidence logits, float32 (2, B); without `whole`, one micro-batch's activations at once.
-
-        They are then computed anew in the backward pass.
-        """
-        forward = self.backend.forward
-        if self._frozen:
-            x_BE = torch.from_numpy(_unit(self._embed(prompts))).to(self.backend.device)
-            with self._autocast():
-                return torch.stack(forward(x_BE * x_BE.shape[1] ** 0.5))
-
-        def logits(input_ids, mask):
-            if whole:
-                return torch.stack(forward(input_ids, mask))
-            return torch.stack(recompute(forward, input_ids, mask, use_reentrant=False))
-
-        return self._tokens(prompts, logits)
+        x_BE = torch.from_numpy(_unit(self._cache.get(keys_B, compute).astype(np.float32)))
+        return x_BE.to(self.backend.device) * x_BE.shape[1] ** 0.5
 
     def _text(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return what the text says: score logits, float64 (B,), and unit embeddings (B, E), (B, 0) if not shared."""
-        if not prompts:
-            return np.empty(0), np.empty((0, self._belief.features))
-        self.backend.model.eval()
         with torch.no_grad():
-            s_B = self._logits(prompts)[0].double().cpu().numpy()
+            return self._read(self._pooled(prompts))
+
+    @torch.no_grad()
+    def _read(self, x_BE: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Return what _text() does, of what _pooled() gave."""
+        self._heads.eval()
+        s_B = self._heads(x_BE)[0].double().cpu().numpy()
         if not np.isfinite(s_B).all():
             raise EstimatorError(
-                f"the estimator scored {int((~np.isfinite(s_B)).sum())} of {len(prompts)} prompts as NaN or infinite: "
+                f"the estimator scored {int((~np.isfinite(s_B)).sum())} of {len(s_B)} prompts as NaN or infinite: "
                 "its weights are damaged. Lower --depo.estimator.lr, or use --depo.estimator.dtype fp32."
             )
-        text_BE = _unit(self._embed(prompts)) if self._belief.features else np.empty((len(prompts), 0))
+        text_BE = _unit(x_BE.cpu().numpy()) if self._belief.features else np.empty((len(s_B), 0))
         return s_B.clip(-LOGIT_MAX, LOGIT_MAX), text_BE
 
-    def _learn(self, groups: list[tuple[Label, float]]) -> dict[str, float]:
+    def _learn(self, groups: list[tuple[Label, float]], x_BE: torch.Tensor) -> dict[str, float]:
         """Take cfg.updates_per_step optimizer steps on these groups; return the last one's losses.
 
-        With cfg.replay each step learns from as many recent groups again, drawn without replacement.
+        groups: as _step() takes them; x_BE: their embeddings, with the graph of the encoder that is trained. With
+        cfg.replay each step learns from as many recent groups again, drawn without replacement.
         """
         found = {}
-        self.backend.model.train()
+        self._heads.train()
         try:
             with torch.enable_grad():
                 for step in range(self._cfg.updates_per_step):
                     number = self.updates * self._cfg.updates_per_step + step
                     rng = np.random.default_rng([self._seed, Stream.REPLAY, number])
                     again = rng.permutation(len(self._recent))[: len(groups)]
+                    old = [self._recent[i] for i in again]
+                    if step:  # the encoder is another one now
+                        x_BE = self._pooled([label.prompt for label, _ in groups])
+                    old_BE = self._pooled([label.prompt for label, _ in old])
                     with self._seeded(Stream.DROPOUT, number):
-                        found = self._step(groups + [self._recent[i] for i in again])
+                        found = self._step(groups + old, torch.cat([x_BE, old_BE]))
         finally:
-            self.backend.model.eval()
+            self._heads.eval()
         return found
 
-    def _step(self, groups: list[tuple[Label, float]]) -> dict[str, float]:
+    def _step(self, groups: list[tuple[Label, float]], x_BE: torch.Tensor) -> dict[str, float]:
         """Take one optimizer step; return its losses and gradient norm.
 
         groups: labels, each with the ability when it was made: the model learns what is left without it, so that old
-        groups stay true. The loss is over the whole batch at any micro-batch size.
+        groups stay true. x_BE: their embeddings. The loss is over the whole batch at any micro-batch size.
         """
         device, labels = self.backend.device, [label for label, _ in groups]
-        s_B, c_B = self._logits([label.prompt for label in labels], len(labels) <= self._cfg.micro_batch_size)
+        s_B, c_B = self._heads(x_BE)
         y_B = torch.tensor([label.y for label in labels], dtype=torch.float32, device=device)
         ability_B = torch.tensor([ability for _, ability in groups], dtype=torch.float32, device=device)
         d = [float("nan") if label.d is None else label.d for label in labels]
@@ -461,6 +464,7 @@ class DifficultyEstimator:
             "recent": [[*vars(label).values(), ability] for label, ability in self._recent],
             "losses": dict(self._losses),
             "counters": dict(self._counters),
+            "dtype": self._dtype,
             "rng": self._seed,
             "updates": self.updates,
         }
@@ -490,6 +494,8 @@ class DifficultyEstimator:
         self._unkept, self._trained = list(state["unkept"]), np.array(state["trained"], np.uint64)
         recent = ((Label(*label), ability) for *label, ability in state["recent"])
         self._recent, self._losses = deque(recent, maxlen=self._cfg.replay), dict(state["losses"])
+        if self._cfg.dtype == "auto":
+            self._dtype = state["dtype"]  # to go on with the same numbers, whatever is fastest here
         self._counters, self._seed, self.updates = dict(state["counters"]), state["rng"], state["updates"]
 
 

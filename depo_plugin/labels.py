@@ -16,6 +16,9 @@ class Label:
     d: exp(mean token log-prob) of the group's responses in [1e-4, 1 - 1e-4], or None where it is not known.
     n: number of responses in the group.
     signal: whether the group's rewards differ, so that its advantages are not all zero.
+
+    Limit: evidence is y·n successes of n and V takes rewards for 0 or 1, so that a prompt whose responses all get 0.5
+    (y 0.5, signal False) is still believed to be as useful as one with as many right as wrong.
     """
 
     prompt: str

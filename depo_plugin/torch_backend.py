@@ -35,7 +35,7 @@ class TorchBackend:
 
     def __init__(self, model: nn.Module, param_groups: list[dict], max_norm: float):
         """Take a model with fp32 weights. param_groups: AdamW's, lr and weight decay each; max_norm: gradient clip."""
-        self.model = self.forward = model
+        self.model = model
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(param_groups, fused=True)
         self._max_norm = max_norm

@@ -17,6 +17,9 @@ from depo_plugin.config import ConfigError, DepoConfig, load_config
 from depo_plugin.kinds import RANGE, SWITCH, TEXT
 from depo_plugin.yaml_io import flag_value
 
+DEFAULT = DepoConfig()
+EPSILON = str(DEFAULT.filter.epsilon)
+
 
 @pytest.fixture
 def yaml_file(tmp_path):
@@ -60,7 +63,7 @@ def nested(values):
 
 
 def test_every_setting_has_help_a_kind_and_a_default_that_is_allowed():
-    assert len(config.SETTINGS) == 32
+    assert len(config.SETTINGS) == 35
     for leaf in config.SETTINGS.values():
         assert leaf.help
         assert "\n" not in leaf.help
@@ -75,9 +78,11 @@ def test_leaf_names_are_unique_so_that_suggestions_are():
 def test_defaults_are_the_designs():
     cfg = load_config(None, {})
     assert cfg == DepoConfig()
-    assert (cfg.filter.low, cfg.filter.high, cfg.filter.epsilon, cfg.filter.warmup_steps) == (0.15, 0.85, 0.05, 20)
+    assert (cfg.filter.low, cfg.filter.high) == (0.15, 0.85)
     assert (cfg.estimator.w_rank, cfg.estimator.num_gpus) == (3.0, 0.0)
-    assert (cfg.history.kappa, cfg.labels.reward_range, cfg.advantage.base) == ("fit", (0.0, 1.0), "group_norm")
+    assert (cfg.estimator.mode, cfg.estimator.model) == ("frozen", None), "works without a network"
+    assert (cfg.labels.reward_range, cfg.advantage.base) == ((0.0, 1.0), "group_norm")
+    assert cfg.history == config.HistoryConfig(kappa="fit", drift=True, share=True)
 
 
 def test_rules_are_those_that_filter_implements():
@@ -101,16 +106,16 @@ def test_flags_win_over_file_and_file_over_defaults(yaml_file):
         overrides = config.overrides_from_namespace(ns)
         assert overrides == {"filter.high": 0.6}
         cfg = load_config(path, overrides)
-        assert (cfg.filter.low, cfg.filter.high, cfg.filter.epsilon) == (0.2, 0.6, 0.05)
+        assert (cfg.filter.low, cfg.filter.high, cfg.filter.epsilon) == (0.2, 0.6, DEFAULT.filter.epsilon)
 
 
 def test_a_flag_that_equals_the_default_still_wins_over_the_file(yaml_file):
     path = yaml_file("filter: {epsilon: 0.5, warmup_steps: 7}\nadvantage: {clip: 3, importance_rescale: true}\n")
     _, nested = parse(
-        "--depo.filter.epsilon", "0.05", "--depo.filter.warmup_steps", "0", "--depo.advantage.clip", "none"
+        "--depo.filter.epsilon", EPSILON, "--depo.filter.warmup_steps", "0", "--depo.advantage.clip", "none"
     )
     cfg = load_config(path, config.overrides_from_namespace(nested))
-    assert (cfg.filter.epsilon, cfg.filter.warmup_steps) == (0.05, 0)
+    assert (cfg.filter.epsilon, cfg.filter.warmup_steps) == (DEFAULT.filter.epsilon, 0)
     assert cfg.advantage == config.AdvantageConfig(importance_rescale=True, clip=None)
 
 
@@ -129,6 +134,7 @@ def test_every_flag_is_read():
         "advantage.base": ("rloo", "rloo"),
         "advantage.importance_rescale": ("true", True),
         "advantage.clip": ("5", 5.0),
+        "estimator.mode": ("finetune", "finetune"),
         "estimator.model": ("2024", "2024"),
         "estimator.max_length": ("256", 256),
         "estimator.lr": ("1e-5", 1e-5),
@@ -139,7 +145,7 @@ def test_every_flag_is_read():
         "estimator.w_rank": ("1.5", 1.5),
         "estimator.rank_delta": ("0.1", 0.1),
         "estimator.rank_margin": ("1", 1.0),
-        "estimator.micro_batch_size": ("4", 4),
+        "estimator.micro_batch_tokens": ("4", 4),
         "estimator.dtype": ("bf16", "bf16"),
         "estimator.num_gpus": ("0.1", 0.1),
         "estimator.num_cpus": ("2", 2),
@@ -148,6 +154,8 @@ def test_every_flag_is_read():
         "estimator.replay": ("64", 64),
         "history.kappa": ("8", 8.0),
         "history.discount": ("1", 1.0),
+        "history.drift": ("false", False),
+        "history.share": ("false", False),
     }
     assert list(argv) == list(config.SETTINGS)
     words = [word for key, (text, _) in argv.items() for word in (f"--depo.{key}", *text.split())]
@@ -208,8 +216,8 @@ WRONG = [
     ("filter.low", math.nan, "a number from 0 to 1"),
     ("filter.low", "0.5", "a number from 0 to 1. Remove the quotes."),
     ("filter.low", [0.5], "a number from 0 to 1"),
-    ("filter.epsilon", -0.1, "a number from 0 to 1. The default is 0.05."),
-    ("filter.warmup_steps", 1.5, "a whole number of at least 0. The default is 20."),
+    ("filter.epsilon", -0.1, f"a number from 0 to 1. The default is {EPSILON}."),
+    ("filter.warmup_steps", 1.5, f"a whole number of at least 0. The default is {DEFAULT.filter.warmup_steps}."),
     ("filter.warmup_steps", -1, "a whole number of at least 0"),
     ("filter.warmup_steps", False, "a whole number of at least 0"),
     ("filter.max_scan", 0, "a whole number of at least 1"),
@@ -238,13 +246,17 @@ WRONG = [
     ("estimator.num_gpus", 2, "a number from 0 to 1"),
     ("estimator.num_cpus", 0, "a whole number of at least 1"),
     ("estimator.timeout_s", 0, "a number above 0"),
-    ("estimator.dtype", "fp16", "one of fp32, bf16"),
+    ("estimator.dtype", "fp16", "one of auto, fp32, bf16"),
+    ("estimator.micro_batch_tokens", 0, "a whole number of at least 1, or none. The default is none."),
     ("history.kappa", 0, "fit, inf, or a number above 0. The default is fit."),
     ("history.kappa", "fitted", "fit, inf, or a number above 0. Did you mean fit?"),
     ("history.kappa", math.nan, "fit, inf, or a number above 0"),
     ("history.kappa", True, "fit, inf, or a number above 0"),
     ("history.kappa", ["fit"], "fit, inf, or a number above 0"),
     ("history.discount", 0, "a number above 0, up to 1"),
+    ("history.drift", 1, "true or false. The default is true."),
+    ("history.share", "maybe", "true or false. The default is true."),
+    ("estimator.mode", "freeze", "one of frozen, finetune. Did you mean frozen?"),
 ]
 
 
@@ -298,7 +310,7 @@ def test_all_faults_come_at_once_and_name_where_they_are_from(yaml_file):
             "--depo.filter.lwo: unknown setting. Did you mean --depo.filter.low?",
             "--depo.filter.low x (my.yaml): must be a number from 0 to 1. The default is 0.15.",
             "--depo.filter.max_scan 0: must be a whole number of at least 1. The default is 4.",
-            "--depo.estimator.lr -1 (my.yaml): must be a number above 0. The default is 0.0005.",
+            f"--depo.estimator.lr -1 (my.yaml): must be a number above 0. The default is {DEFAULT.estimator.lr}.",
         ]
     )
 
@@ -551,6 +563,8 @@ def any_value(leaf):
     if leaf.key == "estimator.model":
         texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(AWKWARD)
         return st.none() | texts.filter(lambda text: text.strip() and text not in ("none", "null"))
+    if leaf.key == "estimator.micro_batch_tokens":
+        return st.none() | st.integers(1, 10**6)
     if kind is SWITCH:
         return st.booleans()
     if kind is RANGE:

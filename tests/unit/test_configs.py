@@ -48,4 +48,5 @@ def test_paper_preset_has_the_papers_numbers():
     assert (cfg.filter.rule, cfg.filter.low, cfg.filter.high) == ("window", 0.15, 0.85)
     assert (cfg.filter.warmup_steps, cfg.filter.epsilon) == (100, 0.0)
     assert (cfg.advantage.base, cfg.advantage.importance_rescale) == ("group_norm", False)
-    assert cfg.history.kappa == "inf"
+    assert (est.mode, est.updates_per_step, est.replay) == ("finetune", 1, 0)
+    assert (cfg.history.kappa, cfg.history.drift, cfg.history.share) == ("inf", False, False)

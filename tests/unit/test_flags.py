@@ -19,6 +19,7 @@ FLAGS = """
 --depo.advantage.base
 --depo.advantage.importance_rescale
 --depo.advantage.clip
+--depo.estimator.mode
 --depo.estimator.model
 --depo.estimator.max_length
 --depo.estimator.lr
@@ -29,7 +30,7 @@ FLAGS = """
 --depo.estimator.w_rank
 --depo.estimator.rank_delta
 --depo.estimator.rank_margin
---depo.estimator.micro_batch_size
+--depo.estimator.micro_batch_tokens
 --depo.estimator.dtype
 --depo.estimator.num_gpus
 --depo.estimator.num_cpus
@@ -38,6 +39,8 @@ FLAGS = """
 --depo.estimator.replay
 --depo.history.kappa
 --depo.history.discount
+--depo.history.drift
+--depo.history.share
 """.split()
 
 

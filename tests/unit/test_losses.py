@@ -84,3 +84,32 @@ def test_nothing_to_learn_from_is_zero_and_still_has_a_gradient():
         found.total.backward()
         assert torch.isfinite(s.grad).all()
         assert (c.grad == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_are_those_of_finite_differences(seed):
+    """In float64: the slow total, moved by 1e-6 at each logit in turn. Ranked pairs at the margin have no gradient."""
+    rng = np.random.default_rng(seed)
+    size, cfg = 12, EstimatorConfig(w_distill=0.7, w_rank=2.0)
+    s, c = rng.normal(0, 1, size), rng.normal(0, 1, size)
+    y = (rng.integers(0, 9, size) / 8).tolist()
+    d = [None if rng.random() < 0.3 else float(rng.uniform(0.05, 0.95)) for _ in range(size)]
+    s_B, c_B = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (s, c))
+    y_B, d_B = (torch.tensor([math.nan if v is None else v for v in x], dtype=torch.float64) for x in (y, d))
+    losses(s_B, c_B, y_B, d_B, cfg).total.backward()
+    for logits, gradient in ((s, s_B.grad), (c, c_B.grad)):
+        for i in range(size):
+            total = []
+            for step in (1e-6, -1e-6):
+                logits[i] += step
+                total.append(slow_total(s.tolist(), c.tolist(), y, d, cfg)[0])
+                logits[i] -= step
+            assert gradient[i].item() == pytest.approx((total[0] - total[1]) / 2e-6, abs=1e-7)
+
+
+def test_a_ranked_pair_pulls_its_two_scores_apart_by_hand():
+    """y = 1, 0, 0.98 and s = 0, 0, 0: pairs (0,1), (2,1), both below the margin; each a gradient of 1/2 per score."""
+    s, y = tensors([0.0, 0.0, 0.0], [1.0, 0.0, 0.98])
+    s.requires_grad_()
+    rank_loss(s, y, delta=0.05, margin=0.5).backward()
+    assert s.grad.tolist() == [-0.5, 1.0, -0.5]

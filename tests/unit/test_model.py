@@ -1,13 +1,12 @@
 """The model and its tokens: pooling, first scores, precision, truncation, and what may be loaded."""
 
-import numpy as np
 import pytest
 import tiny_encoder
 import torch
 from torch import nn
 
 from depo_plugin import encode, model
-from depo_plugin.model import DifficultyModel, EncoderError, load_encoder
+from depo_plugin.model import DifficultyHeads, DifficultyModel, EncoderError, load_encoder, pool, weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +33,13 @@ def test_the_heads_are_the_papers(loaded):
     """The paper preset: Linear→1024, LayerNorm, GELU, two residual blocks of 1024, Linear→512, LayerNorm, GELU,
     dropout 0.1, two Linear→1."""
     network, _ = loaded
-    kinds = [type(layer).__name__ for layer in network.trunk]
+    trunk = network.heads.trunk
+    kinds = [type(layer).__name__ for layer in trunk]
     assert kinds == ["Linear", "LayerNorm", "GELU", *["ResidualBlock"] * 2, "Linear", "LayerNorm", "GELU", "Dropout"]
     linear = [(m.in_features, m.out_features) for m in network.modules() if isinstance(m, nn.Linear)]
-    trunk = linear[-8:-2]  # one, two in each of two blocks, one
-    assert trunk == [(tiny_encoder.WIDTH, 1024), *[(1024, 1024)] * 4, (1024, 512)]
+    assert linear[-8:-2] == [(tiny_encoder.WIDTH, 1024), *[(1024, 1024)] * 4, (1024, 512)]
     assert linear[-2:] == [(512, 1), (512, 1)]
-    assert network.trunk[-1].p == 0.1
+    assert trunk[-1].p == 0.1
 
 
 def test_first_scores_are_one_half(loaded):
@@ -61,8 +60,32 @@ def test_pooling_is_the_mean_over_the_prompts_own_tokens(loaded):
         with torch.no_grad():
             tokens = network.encoder(input_ids=ids).last_hidden_state[0]
             pooled = torch.stack([row for row in tokens]).mean(0)
-            alone = network.score_head(network.trunk(pooled[None])).item()
+            alone = network.heads.score_head(network.heads.trunk(pooled[None])).item()
         assert found == pytest.approx(alone, abs=2e-6)
+
+
+def test_the_model_is_the_heads_on_the_pooled_encoder(loaded):
+    """Mode frozen keeps the two apart, mode finetune has them in one: the same numbers."""
+    network, tokenizer = loaded
+    ids, mask = encode.pad(encode.tokenize(tokenizer, ["1+1=", "23 + 45 ="], 128), 0, torch.device("cpu"))
+    with torch.no_grad():
+        apart = network.heads(pool(network.encoder, ids, mask))
+        assert all(torch.equal(a, b) for a, b in zip(apart, network(ids, mask), strict=True))
+    heads = DifficultyHeads(tiny_encoder.WIDTH)
+    assert set(network.heads.state_dict()) == set(heads.state_dict())
+    assert all(name.startswith(("encoder.", "heads.")) for name in network.state_dict())
+
+
+def test_the_digest_tells_weights_apart_and_nothing_else(folder):
+    encoder, _ = load_encoder(folder)
+    again, _ = load_encoder(folder)
+    digest = weights_digest(encoder)
+    assert len(digest) == 16
+    assert int(digest, 16) >= 0
+    assert weights_digest(again.train()) == digest
+    with torch.no_grad():
+        next(again.parameters()).view(-1)[0] += 1e-3
+    assert weights_digest(again) != digest
 
 
 def test_weights_are_fp32_even_when_the_file_holds_bf16(folder, tmp_path):
@@ -89,16 +112,6 @@ def test_an_empty_prompt_has_one_token_where_the_tokenizer_adds_none(loaded, tmp
     bare = type(tokenizer).from_pretrained(tmp_path)
     bare.backend_tokenizer.post_processor = None
     assert encode.tokenize(bare, [""], 20) == [[bare.pad_token_id]]
-
-
-@pytest.mark.parametrize(("count", "size"), [(1, 8), (8, 8), (9, 8), (30, 7)])
-def test_micro_batches_hold_each_prompt_once_and_like_lengths_together(count, size):
-    lengths = np.random.default_rng(0).integers(1, 50, count)
-    batches = encode.micro_batches([[0] * n for n in lengths], size)
-    assert sorted(np.concatenate(batches)) == list(range(count))
-    assert len(batches) == -(-count // size)
-    assert max(map(len, batches)) <= size
-    assert list(lengths[np.concatenate(batches)]) == sorted(lengths)
 
 
 def test_pad_by_hand():

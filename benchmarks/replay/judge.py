@@ -1,0 +1,259 @@
+"""One method on one pool: the outer loop of RL without a language model, and what it is judged by.
+
+    draw a batch -> (judge what was scanned) -> rollout -> observe -> train        one step
+
+Predictions are judged against the true pass rates when the decision was made, on all scanned prompts after warm-up.
+Suffixes: B = prompts of one scan or of all scans of a run.
+"""
+
+import functools
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.replay import texts
+from benchmarks.replay.methods import METHODS, Setup, depo_config
+from benchmarks.replay.world import Policy, Pool, build_pool, signal_chance
+from depo_plugin.metrics import auc, spearman
+
+KEYS = (
+    "pool",
+    "method",
+    "group_size",
+    "seed",
+    "rollouts_per_effective_group",
+    "effective_ratio",
+    "oracle_share",
+    "coverage",
+    "zero_auc",
+    "mae_true",
+    "brier",
+    "ece",
+    "spearman",
+    "final_ability",
+    "estimator_seconds",
+)
+BINS = 15  # of p̂ in [0, 1], for the calibration error
+LEARNABLE = 0.5  # u(p) from which a prompt counts as truly learnable
+DRAWS_MAX = 20  # batches that dynamic sampling rolls out for one at most
+
+
+@dataclass
+class Played:
+    """One run: its row, and what the plots show."""
+
+    row: dict[str, Any]
+    keep_rate: float
+    series: dict[str, list[float]]  # one entry per step: effective, and p̂ and p averaged over what was scanned
+    calibration: np.ndarray | None  # calibration_sums, None without predicted pass rates
+
+
+@dataclass
+class Tally:
+    """What is collected over the judged steps of a run."""
+
+    rolled: int = 0
+    effective: int = 0
+    scans: list[tuple] = field(default_factory=list)  # index_B, p̂_B or None, V_B or None, kept_B, p_B, signal_B
+    windows: list[tuple] = field(default_factory=list)  # one per step: learnable indices met, indices trained
+
+
+@functools.cache
+def warmup_steps() -> int:
+    """Return the step from which every method is judged: depo's warm-up, whatever is overridden."""
+    return depo_config({}).filter.warmup_steps
+
+
+# ── The loop ──
+
+
+def play(pool: Pool, factory, group_size: int, seed: int, **setup) -> Played:
+    """Run a factory's method and judge it. The row's oracle_share is None: it needs other methods' rows.
+
+    setup: of methods.Setup, what goes beyond policy and seed.
+    """
+    policy = Policy(pool, group_size, seed)
+    method = factory(Setup(policy, seed, **setup))
+    tally = Tally()
+    series = {"effective": [], "predicted": [], "true": []}
+    for step in range(pool.steps):
+        policy.begin_step()
+        drawn = method.draw(pool.batch)
+        scans = [_true_side(policy, scan) for scan in method.scanned()]
+        at_rollout, effective, trained = _train(policy, method, drawn)
+        scans = at_rollout if method.resample else scans
+        rolled = sum(len(scan[0]) for scan in at_rollout)
+        for name, value in zip(series, (effective / rolled, *_means(scans)), strict=True):
+            series[name].append(value)
+        if step >= warmup_steps():
+            tally.rolled, tally.effective = tally.rolled + rolled, tally.effective + effective
+            tally.scans += scans
+            met = [scan[0][signal_chance(scan[4], group_size) >= LEARNABLE] for scan in scans]
+            tally.windows.append((np.concatenate(met) if met else drawn[:0], trained))
+    if pool.fresh and method.streams and (passes := method.passes()) > 1:
+        say(f"{pool.name}: prompts were met again, {passes:.2f} passes: the pool is too small for this run.")
+    return _judge(tally, series, method, policy)
+
+
+def _true_side(policy: Policy, scan: tuple) -> tuple:
+    """Add the true pass rates now, and whether a group simulated for each has a signal."""
+    return (*scan, policy.rates(scan[0]), policy.probe(scan[0]))
+
+
+def _train(policy: Policy, method, drawn: np.ndarray) -> tuple[list[tuple], int, np.ndarray]:
+    """Roll out a batch, tell the method, train.
+
+    Returns what was rolled out, as scans whose "kept" is "trained on"; the effective groups; the indices trained on.
+    """
+    rolled, labels = [], []
+    missing = len(drawn)
+    while True:
+        groups = policy.rollout(drawn)
+        used_B = groups.signal_B if method.resample else np.ones(len(drawn), bool)
+        rolled.append((drawn, None, None, used_B, policy.rates(drawn), groups.signal_B))
+        labels += policy.labels(groups)
+        missing -= int(used_B.sum())
+        if not missing or len(rolled) >= DRAWS_MAX:
+            break
+        drawn = method.draw(missing)
+    method.observe(labels)
+    effective = sum(int(scan[5].sum()) for scan in rolled)
+    trained = np.concatenate([scan[0][scan[3]] for scan in rolled])
+    policy.train(effective, len(trained) - effective)
+    return rolled, effective, trained
+
+
+def _means(scans: list[tuple]) -> tuple[float, float]:
+    """Return the mean p̂ (NaN without predictions) and the mean p of what was scanned in a step."""
+    if not scans:
+        return float("nan"), float("nan")
+    predicted = [scan[1] for scan in scans if scan[1] is not None and not np.isnan(scan[1]).any()]
+    true = float(np.concatenate([scan[4] for scan in scans]).mean())
+    return (float(np.concatenate(predicted).mean()) if predicted else float("nan")), true
+
+
+# ── The verdict ──
+
+
+def _judge(tally: Tally, series: dict, method, policy: Policy) -> Played:
+    kept_B, p_B, signal_B = (np.concatenate([scan[i] for scan in tally.scans]) for i in (3, 4, 5))
+    ratio = tally.effective / tally.rolled
+    row = dict.fromkeys(KEYS) | {
+        "group_size": policy.group_size,
+        "rollouts_per_effective_group": policy.group_size / ratio if ratio else None,
+        "effective_ratio": ratio,
+        "final_ability": policy.ability,
+    }
+    if method.streams:
+        learnable_B = signal_chance(p_B, policy.group_size) >= LEARNABLE
+        row["coverage"] = float(kept_B[learnable_B].mean()) if learnable_B.any() else None
+    else:
+        row["coverage"] = window_coverage(tally.windows, len(policy.pool.prompts) // policy.pool.batch)
+    calibration = None
+    if tally.scans[0][2] is not None:
+        row["zero_auc"] = auc(1 - np.concatenate([scan[2] for scan in tally.scans]), ~signal_B)
+        row["estimator_seconds"] = method.seconds
+    if tally.scans[0][1] is not None:
+        predicted_B = np.concatenate([scan[1] for scan in tally.scans])
+        row |= rate_metrics(predicted_B, p_B)
+        calibration = calibration_sums(predicted_B, p_B)
+    return Played(row, float(kept_B.mean()), series, calibration)
+
+
+def rate_metrics(predicted_B: np.ndarray, p_B: np.ndarray) -> dict[str, float | None]:
+    """Return mae_true, brier, ece and spearman of predictions against the true pass rates.
+
+    brier = E[(p̂ − y)²] over a single response y ~ Bernoulli(p) = (p̂ − p)² + p(1 − p); ece = Σ over bins of
+    share·|mean p̂ − mean p|.
+    """
+    error_B = predicted_B - p_B
+    sum_predicted, sum_true, _ = calibration_sums(predicted_B, p_B)
+    return {
+        "mae_true": float(np.abs(error_B).mean()),
+        "brier": float((error_B**2 + p_B * (1 - p_B)).mean()),
+        "ece": float(np.abs(sum_predicted - sum_true).sum() / len(p_B)),
+        "spearman": spearman(predicted_B, p_B),
+    }
+
+
+def calibration_sums(predicted_B: np.ndarray, p_B: np.ndarray) -> np.ndarray:
+    """Return the sum of p̂, the sum of p and the count in each of BINS equal bins of p̂, float64 (3, BINS)."""
+    bin_B = np.minimum((predicted_B * BINS).astype(int), BINS - 1)
+    return np.stack([np.bincount(bin_B, weights, BINS) for weights in (predicted_B, p_B, np.ones(len(p_B)))])
+
+
+def window_coverage(windows: list[tuple], length: int) -> float | None:
+    """Return the share of learnable prompts met in a window of `length` steps that were trained in it.
+
+    windows: one (learnable indices met, indices trained) a step. Only whole windows count; None without one.
+    """
+    met_all = trained_all = 0
+    for start in range(0, len(windows) - length + 1, max(length, 1)):
+        steps = windows[start : start + length]
+        met = np.unique(np.concatenate([met for met, _ in steps]))
+        trained = np.unique(np.concatenate([trained for _, trained in steps]))
+        met_all += len(met)
+        trained_all += len(np.intersect1d(met, trained, assume_unique=True))
+    return trained_all / met_all if met_all else None
+
+
+# ── Runs that belong together ──
+
+
+class Bench:
+    """Runs on one pool, group size and seed; each method is played at most once."""
+
+    def __init__(self, pool: Pool, group_size: int, seed: int, overrides=None, cache: Path | None = None):
+        """overrides: depo's settings ("history.discount": 1.0); no other method hears of them. cache: a folder."""
+        self.pool, self.group_size, self.seed = pool, group_size, seed
+        self._setup = {"overrides": overrides or {}, "cache": cache and texts.estimator_cache(cache)}
+        self._played: dict[str, Played] = {}
+
+    def run(self, method: str) -> Played:
+        """Play a method, and those it is compared with."""
+        played = self._play(method)
+        row = played.row
+        if row["oracle_share"] is None:
+            least, most = (self._play(name).row["effective_ratio"] for name in ("grpo", "oracle"))
+            row["oracle_share"] = (row["effective_ratio"] - least) / (most - least) if most > least else None
+        return played
+
+    def _play(self, method: str) -> Played:
+        if method not in self._played:
+            rate = self._play("depo").keep_rate if method == "random" else None
+            setup = self._setup | {"keep_rate": rate}
+            variants = [play(self.pool, f, self.group_size, self.seed, **setup) for f in METHODS[method]]
+            best = max(variants, key=lambda one: one.row["effective_ratio"])
+            best.row |= {"pool": self.pool.name, "method": method, "seed": self.seed}
+            self._played[method] = best
+        return self._played[method]
+
+
+@functools.lru_cache(maxsize=4)
+def _pool(name: str, seed: int, cache: Path) -> Pool:
+    return build_pool(name, seed, cache)
+
+
+def run(
+    world_name: str,
+    method: str,
+    group_size: int = 8,
+    seed: int = 0,
+    overrides: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Return the row of one method on a default pool.
+
+    overrides: changes of depo's settings, such as {"history.discount": 1.0}; the methods beside it keep the defaults.
+    """
+    cache = cache or texts.default_cache()
+    return Bench(_pool(world_name, seed, cache), group_size, seed, overrides, cache).run(method).row
+
+
+def say(text: str) -> None:
+    """Print progress."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,180 @@
+"""Beliefs in closed form that stand in for the estimator behind the project's own loader: score, record, observe.
+
+Suffixes: N = prompts of the pool, B = prompts of one call, K = points of the grid.
+"""
+
+import numpy as np
+
+from benchmarks.replay.world import Policy, sigmoid, signal_chance
+from depo_plugin.filter import signal_probability
+from depo_plugin.history import Scores
+from depo_plugin.labels import Label
+
+GRID = np.linspace(-5.0, 5.0, 121)  # of the item noise, in its standard deviations
+
+
+def make_scores(p_B: np.ndarray, v_B: np.ndarray, updates: int, group_size: int) -> Scores:
+    """Return Scores of p̂ and V."""
+    if Scores._fields[0] == "p":
+        return Scores(p_B, v_B, updates)
+    p_B = np.clip(p_B, 1e-6, 1 - 1e-6)
+    low_B, high_B = np.full(len(p_B), -6.0), np.full(len(p_B), 6.0)
+    for _ in range(50):
+        middle_B = (low_B + high_B) / 2
+        total_B = 10**middle_B
+        less_B = signal_probability(p_B * total_B, (1 - p_B) * total_B, group_size) < v_B
+        low_B, high_B = np.where(less_B, middle_B, low_B), np.where(less_B, high_B, middle_B)
+    return Scores(p_B * 10**low_B, (1 - p_B) * 10**low_B, updates)
+
+
+class Learner:
+    """No belief at all: the loader keeps everything."""
+
+    predicts = False  # whether p̂ and V mean anything
+
+    def __init__(self, policy: Policy):
+        """Start without updates. policy: the one that is trained; what of it may be read is each learner's own."""
+        self.policy, self.pool, self.group_size = policy, policy.pool, policy.group_size
+        self.updates = 0
+
+    def score(self, prompts: list[str], labels: list[str]) -> Scores | None:
+        """Return beliefs, or None for "keep them all"."""
+        return None
+
+    def record(self, records: list[dict]) -> None:
+        """Hear what the loader decided."""
+
+    def observe(self, labels: list[Label]) -> dict:
+        """Learn from one step's groups."""
+        self.updates += 1
+        return {}
+
+    def _indices(self, prompts: list[str]) -> np.ndarray:
+        return np.array([self.pool.index[prompt] for prompt in prompts], int)
+
+    def _scores(self, p_B, v_B) -> Scores:
+        return make_scores(p_B, v_B, self.updates, self.group_size)
+
+
+class Nothing(Learner):
+    """Says no to every prompt: with exploration ε the loader keeps a random share ε."""
+
+    def score(self, prompts: list[str], labels: list[str]) -> Scores:
+        """Return V = 0."""
+        return self._scores(np.full(len(prompts), 0.5), np.zeros(len(prompts)))
+
+
+class Oracle(Learner):
+    """Knows the true pass rates."""
+
+    predicts = True
+
+    def score(self, prompts: list[str], labels: list[str]) -> Scores:
+        """Return p and u(p)."""
+        p_B = self.policy.rates(self._indices(prompts))
+        return self._scores(p_B, signal_chance(p_B, self.group_size))
+
+
+class Ideal(Learner):
+    """The exact posterior of each prompt: what any learner could reach.
+
+    Knows each text's part, the spread of the item noise and the ability at every time, not the pass rates. The
+    posterior over logit = text + noise is on a grid; a group of k of n at ability A multiplies it by
+    p^k (1−p)^(n−k), p = σ(logit + A). p̂ = E[p] and V = E[u(p)] at the ability now.
+    """
+
+    predicts = True
+
+    def __init__(self, policy: Policy):
+        """Start from the prior, a normal distribution around each text's part."""
+        super().__init__(policy)
+        self._log_weight_NK = np.tile(-0.5 * GRID**2, (len(self.pool.prompts), 1))
+
+    def _rates(self, index_B: np.ndarray) -> np.ndarray:
+        logit_BK = self.pool.text_N[index_B, None] + self.pool.noise * GRID
+        return sigmoid(logit_BK + self.policy.ability)
+
+    def score(self, prompts: list[str], labels: list[str]) -> Scores:
+        """Return the posterior's expectations at the ability now."""
+        return self._scores(*self._beliefs(self._indices(prompts)))
+
+    def _beliefs(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return E[p] and E[u(p)]."""
+        p_BK = self._rates(index_B)
+        log_BK = self._log_weight_NK[index_B]
+        weight_BK = np.exp(log_BK - log_BK.max(1, keepdims=True))
+        weight_BK /= weight_BK.sum(1, keepdims=True)
+        u_BK = signal_chance(p_BK, self.group_size)
+        return (weight_BK * p_BK).sum(1), (weight_BK * u_BK).sum(1)
+
+    def observe(self, labels: list[Label]) -> dict:
+        """Multiply by each group's likelihood; called at the ability that the groups were made at."""
+        index_B = self._indices([label.prompt for label in labels])
+        p_BK = np.clip(self._rates(index_B), 1e-12, 1 - 1e-12)
+        n_B1 = np.array([label.n for label in labels])[:, None]
+        k_B1 = np.array([label.y for label in labels])[:, None] * n_B1
+        # add.at: a prompt may be in a batch twice, where a pass ends in it.
+        np.add.at(self._log_weight_NK, index_B, k_B1 * np.log(p_BK) + (n_B1 - k_B1) * np.log1p(-p_BK))
+        return super().observe(labels)
+
+
+class HistoryOnly(Learner):
+    """A bandit: each prompt's own groups and a constant, the running mean pass rate, instead of the text.
+
+    Beta(κ·m + S, κ·(1 − m) + N − S), S and N fading with the updates since the prompt was last seen. κ is the one of
+    KAPPAS under which the groups of about the last 50 updates were likeliest before they came, by the Beta-binomial
+    log-likelihood  Σ_{i<k} log(a + i) + Σ_{i<n−k} log(b + i) − Σ_{i<n} log(a + b + i).
+    """
+
+    predicts = True
+    DISCOUNT = 0.98  # per update
+    LIKELIHOOD_KEPT = 0.98
+    KAPPAS = np.geomspace(0.25, 256.0, 41)
+
+    def __init__(self, policy: Policy):
+        """Start without groups."""
+        super().__init__(policy)
+        size = len(self.pool.prompts)
+        self._successes_N, self._samples_N, self._seen_N = np.zeros(size), np.zeros(size), np.zeros(size, int)
+        self._sum, self._count = 0.5, 1.0
+        self._likelihood_K = np.zeros(len(self.KAPPAS))
+
+    @property
+    def kappa(self) -> float:
+        """Samples that the constant is worth."""
+        return float(self.KAPPAS[self._likelihood_K.argmax()])
+
+    def _belief(self, index_B, kappa):
+        """Return a_B, b_B under this κ, or a_BK, b_BK under several."""
+        fade_B = self.DISCOUNT ** (self.updates - self._seen_N[index_B])
+        successes_B, samples_B = fade_B * self._successes_N[index_B], fade_B * self._samples_N[index_B]
+        prior = np.multiply(kappa, self._sum / self._count), np.multiply(kappa, 1 - self._sum / self._count)
+        return np.add.outer(successes_B, prior[0]), np.add.outer(samples_B - successes_B, prior[1])
+
+    def score(self, prompts: list[str], labels: list[str]) -> Scores:
+        """Return the Beta posterior's mean and DESIGN's V."""
+        a_B, b_B = self._belief(self._indices(prompts), self.kappa)
+        return self._scores(a_B / (a_B + b_B), signal_probability(a_B, b_B, self.group_size))
+
+    def observe(self, labels: list[Label]) -> dict:
+        """Weigh the values of κ by these groups, then add the groups to the prompts and to the mean."""
+        index_B = self._indices([label.prompt for label in labels])
+        n_B = np.array([label.n for label in labels], int)
+        k_B = np.rint(np.array([label.y for label in labels]) * n_B).astype(int)
+        a_BK, b_BK = self._belief(index_B, self.KAPPAS)
+        gained_BK = _log_rising(a_BK, k_B) + _log_rising(b_BK, n_B - k_B) - _log_rising(a_BK + b_BK, n_B)
+        self._likelihood_K = self.LIKELIHOOD_KEPT * self._likelihood_K + gained_BK.sum(0)
+        for index, k, n in zip(index_B, k_B, n_B, strict=True):
+            fade = self.DISCOUNT ** (self.updates - self._seen_N[index])
+            self._successes_N[index] = fade * self._successes_N[index] + k
+            self._samples_N[index] = fade * self._samples_N[index] + n
+            self._seen_N[index] = self.updates
+        self._sum, self._count = self._sum + float((k_B / n_B).sum()), self._count + len(labels)
+        return super().observe(labels)
+
+
+def _log_rising(x_BK: np.ndarray, count_B: np.ndarray) -> np.ndarray:
+    """Return Σ_{i < count} log(x + i)."""
+    i = np.arange(int(count_B.max(initial=0)))
+    terms = np.log(x_BK[..., None] + i)
+    return np.where(i < count_B[:, None, None], terms, 0.0).sum(-1)

@@ -1,0 +1,174 @@
+"""The methods side by side, each a factory of something that draws batches and hears what came of them.
+
+    draw(count) -> prompt indices    observe(labels)    scanned() -> what was judged since    seconds    resample
+
+Most go through the project's own DifficultyFilteredLoader and differ in who scores. Suffix B = prompts of one call.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.replay import bandits, learners
+from benchmarks.replay.world import Policy
+from depo_plugin.config import DepoConfig, FilterConfig, load_config
+from depo_plugin.history import prompt_key
+from depo_plugin.labels import Label
+from depo_plugin.loader import DifficultyFilteredLoader
+
+ENDLESS = 10**9  # episodes
+PAPER_OVERRIDES = {"estimator.model": None}  # the bundled MiniLM in place of distilbert
+
+
+class Done:
+    """Scores that are there already."""
+
+    def __init__(self, scores):
+        self._scores = scores
+
+    def result(self):
+        """Return them."""
+        return self._scores
+
+
+class LoaderMethod:
+    """The project's loader over a learner with the estimator's verbs; itself the loader's handle of it."""
+
+    streams = True  # each prompt is met once a pass
+
+    def __init__(self, policy: Policy, learner, cfg: FilterConfig, seed: int, *, predicts=True, resample=False):
+        """predicts: whether scores are predictions; resample: whether the batch is filled with effective groups."""
+        self._pool, self._learner = policy.pool, learner
+        self._predicts, self.resample = predicts, resample
+        self.seconds = 0.0
+        self._scanned: list[tuple] = []
+        self._count = 0
+        self._key_index = {prompt_key(prompt, ""): i for i, prompt in enumerate(policy.pool.prompts)}
+        dataset = [("replay", prompt, "", i) for i, prompt in enumerate(policy.pool.prompts)]
+        inner = SimpleNamespace(dataset=dataset, collate_fn=lambda items: items[0][3])
+        self._loader = DifficultyFilteredLoader(
+            inner,
+            self,
+            cfg,
+            batch_size=policy.pool.batch,
+            group_size=policy.group_size,
+            seed=seed,
+            num_episodes=ENDLESS,
+        )
+
+    def draw(self, count: int) -> np.ndarray:
+        """Return the indices of the loader's next prompts."""
+        drawn = []
+        while len(drawn) < count:
+            try:
+                drawn.append(next(self._loader))
+            except StopIteration:
+                iter(self._loader)
+        return np.array(drawn)
+
+    def observe(self, labels: list[Label]) -> None:
+        """Pass one step's groups on to the learner."""
+        start = time.perf_counter()
+        self._learner.observe(labels)
+        self.seconds += time.perf_counter() - start
+
+    def scanned(self) -> list[tuple]:
+        """Return (index_B, p_B or None, v_B or None, kept_B) of each scan since the last call."""
+        found, self._scanned = self._scanned, []
+        return found
+
+    def passes(self) -> float:
+        """Return how many passes over the pool have been scanned."""
+        return self._count / len(self._pool.prompts)
+
+    # ── The handle that the loader asks ──
+
+    def score_async(self, prompts: list[str], labels: list[str]) -> Done:
+        """Score at once."""
+        start = time.perf_counter()
+        scores = self._learner.score(prompts, labels)
+        self.seconds += time.perf_counter() - start
+        return Done(scores)
+
+    def record(self, records: list[dict]) -> None:
+        """Note one planned batch and pass it on."""
+        self._learner.record(records)
+        index_B = np.array([self._key_index[one["key"]] for one in records])
+        p_B = v_B = None
+        if self._predicts:
+            p_B, v_B = (np.array([one[name] for one in records], np.float64) for name in "pv")
+        self._count += len(records)
+        self._scanned.append((index_B, p_B, v_B, np.array([one["keep"] for one in records])))
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a factory is given.
+
+    overrides: depo's settings; keep_rate: depo's in the same pool, seed and group size, where `random` needs it;
+    cache: where estimators keep embeddings.
+    """
+
+    policy: Policy
+    seed: int
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    keep_rate: float | None = None
+    cache: Path | None = None
+
+
+def depo_config(overrides: Mapping[str, Any]) -> DepoConfig:
+    """Return the recommended settings with these changes."""
+    return load_config("depo", overrides)
+
+
+def _estimated(setup: Setup, cfg: DepoConfig):
+    from depo_plugin.estimator import DifficultyEstimator
+
+    estimator = DifficultyEstimator(cfg, setup.policy.group_size, setup.seed, cache_dir=setup.cache)
+    return LoaderMethod(setup.policy, estimator, cfg.filter, setup.seed)
+
+
+def _plain(setup: Setup, resample: bool):
+    learner = learners.Learner(setup.policy)
+    return LoaderMethod(setup.policy, learner, depo_config({}).filter, setup.seed, predicts=False, resample=resample)
+
+
+def _random(setup: Setup):
+    cfg = replace(depo_config({}).filter, rule="utility", min_utility=1.0, epsilon=setup.keep_rate)
+    return LoaderMethod(setup.policy, learners.Nothing(setup.policy), cfg, setup.seed, predicts=False)
+
+
+def _history_only(setup: Setup):
+    return LoaderMethod(setup.policy, learners.HistoryOnly(setup.policy), depo_config({}).filter, setup.seed)
+
+
+def _ideal(setup: Setup):
+    cfg = replace(depo_config({}).filter, warmup_steps=0)
+    return LoaderMethod(setup.policy, learners.Ideal(setup.policy), cfg, setup.seed)
+
+
+def _oracle(setup: Setup):
+    cfg = replace(depo_config({}).filter, rule="utility", min_utility=0.5, epsilon=0.0, warmup_steps=0)
+    return LoaderMethod(setup.policy, learners.Oracle(setup.policy), cfg, setup.seed)
+
+
+# Name -> factories; of several, the run with the fewest rollouts per effective group counts.
+METHODS: dict[str, tuple[Callable[[Setup], Any], ...]] = {
+    "grpo": (lambda setup: _plain(setup, resample=False),),
+    "dynamic": (lambda setup: _plain(setup, resample=True),),
+    "random": (_random,),
+    "depo_paper": (lambda setup: _estimated(setup, load_config("depo_paper", PAPER_OVERRIDES)),),
+    "depo": (lambda setup: _estimated(setup, depo_config(setup.overrides)),),
+    "text_only": (lambda setup: _estimated(setup, depo_config({"history.kappa": "inf"})),),
+    "history_only": (_history_only,),
+    "mopps": tuple(lambda setup, decay=decay: bandits.Mopps(setup.policy, setup.seed, decay) for decay in (0.5, 1.0)),
+    "dps": (lambda setup: bandits.Dps(setup.policy, setup.seed),),
+    "ideal": (_ideal,),
+    "oracle": (_oracle,),
+}
+NOT_DEFAULT = ("depo_paper",)  # fine-tunes an encoder: minutes a run

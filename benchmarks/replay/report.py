@@ -1,0 +1,105 @@
+"""What a run says in words: the table, and whether depo meets its goals."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+# Column -> (title, decimals); median over seeds ± half their range.
+COLUMNS = {
+    "rollouts_per_effective_group": ("rollouts/eff", 2),
+    "effective_ratio": ("effective", 3),
+    "oracle_share": ("of oracle", 2),
+    "coverage": ("coverage", 3),
+    "zero_auc": ("zero AUC", 3),
+    "mae_true": ("mae", 3),
+    "brier": ("brier", 3),
+    "ece": ("ece", 3),
+    "spearman": ("spearman", 3),
+    "final_ability": ("ability", 2),
+    "estimator_seconds": ("seconds", 1),
+}
+WIDTH = 13
+TOLERANCE = 0.005  # of effective ratio: half a percent behind another method is not behind
+RIVALS = ("mopps", "dps", "depo_paper", "history_only", "text_only")
+
+
+def settings_of(rows: Iterable[dict]) -> list[tuple[str, int]]:
+    """Return the (pool, group size) pairs in the order they come."""
+    return list(dict.fromkeys((row["pool"], row["group_size"]) for row in rows))
+
+
+def _values(rows: list[dict], setting: tuple[str, int], method: str, key: str) -> list[float]:
+    found = [r[key] for r in rows if (r["pool"], r["group_size"]) == setting and r["method"] == method]
+    return [value for value in found if value is not None]
+
+
+def table(rows: list[dict], text_spearman: dict[str, list[float]]) -> str:
+    """Return one block of lines per pool and group size. text_spearman: pool -> what was measured, one per seed."""
+    lines = []
+    for setting in settings_of(rows):
+        pool, group_size = setting
+        measured = ", ".join(f"{value:.2f}" for value in text_spearman.get(pool, []))
+        lines += ["", f"{pool}, G = {group_size}   (ridge on frozen embeddings: Spearman {measured})"]
+        lines.append("method".ljust(WIDTH) + "".join(title.rjust(WIDTH) for title, _ in COLUMNS.values()))
+        for method in dict.fromkeys(row["method"] for row in rows):
+            cells = [_cell(_values(rows, setting, method, key), digits) for key, (_, digits) in COLUMNS.items()]
+            if any(cells):
+                lines.append(method.ljust(WIDTH) + "".join((cell or "-").rjust(WIDTH) for cell in cells))
+    return "\n".join(lines[1:])
+
+
+def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = (max(values) - min(values)) / 2
+    return f"{np.median(values):.{digits}f}" + (f" ±{spread:.{digits}f}" if len(values) > 1 else "")
+
+
+# ── Goals ──
+
+
+def goals(rows: list[dict]) -> list[tuple[str, int, str, bool]]:
+    """Return (pool, group size, what was found, met) of each goal that the rows allow to judge; means over seeds."""
+    found = []
+    for setting in settings_of(rows):
+        if all(_values(rows, setting, method, "effective_ratio") for method in ("depo", "ideal")):
+            found += [(*setting, text, bool(met)) for text, met in _goals_of(rows, setting)]
+    return found
+
+
+def _goals_of(rows: list[dict], setting: tuple[str, int]) -> Iterator[tuple[str, bool]]:
+    def mean(method: str, key: str) -> float | None:
+        values = _values(rows, setting, method, key)
+        return float(np.mean(values)) if values else None
+
+    ratio = {method: mean(method, "effective_ratio") for method in ("depo", "ideal", "grpo", *RIVALS)}
+    depo, ideal, grpo = ratio["depo"], ratio["ideal"], ratio["grpo"]
+    if grpo is not None and ideal > grpo:
+        share = (depo - grpo) / (ideal - grpo)
+        yield f"gain in effective ratio over grpo {share:.3f} of ideal's (at least 0.90)", share >= 0.90
+    if None not in (coverages := [mean(method, "coverage") for method in ("depo", "ideal")]):
+        difference = 100 * (coverages[0] - coverages[1])
+        yield f"coverage {difference:+.1f} points beside ideal's (at most 2 below)", difference >= -2
+    errors = [mean(method, "mae_true") for method in ("depo", "ideal")]
+    yield f"error of p̂ {errors[0] / errors[1]:.3f} of ideal's (at most 1.15)", errors[0] <= 1.15 * errors[1]
+    aucs = [mean(method, "zero_auc") - 0.5 for method in ("depo", "ideal")]
+    yield f"zero AUC above one half {aucs[0] / aucs[1]:.3f} of ideal's (at least 0.90)", aucs[0] >= 0.90 * aucs[1]
+    ece = mean("depo", "ece")
+    yield f"calibration error {ece:.3f} (at most 0.03)", ece <= 0.03
+    if (mopps := ratio["mopps"]) is not None and ideal >= 1.2 * mopps:
+        share = (depo - mopps) / (ideal - mopps)
+        yield f"margin over mopps {share:.3f} of ideal's (at least 0.80)", share >= 0.80
+    for rival in RIVALS:
+        if ratio[rival] is not None:
+            covered = [mean(method, "coverage") for method in ("depo", rival)]
+            at = "" if None in covered else f", coverage {covered[0]:.2f} beside {covered[1]:.2f}"
+            text = f"effective ratio {depo:.3f} beside {rival}'s {ratio[rival]:.3f} (not behind){at}"
+            yield text, depo >= ratio[rival] - TOLERANCE
+
+
+def goals_text(found: list[tuple[str, int, str, bool]]) -> str:
+    """Return the goals, a line each, met or MISSED, and how many were met."""
+    lines = ["depo beside what any learner could reach (ideal):"]
+    for pool, group_size, text, met in found:
+        lines.append(f"  {pool + f', G = {group_size}:':<18} {'met   ' if met else 'MISSED'}  {text}")
+    return "\n".join([*lines, f"{sum(met for *_, met in found)} of {len(found)} goals met."])

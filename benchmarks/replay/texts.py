@@ -1,0 +1,230 @@
+"""The prompts' texts, their embeddings, and what a linear model reads from them.
+
+Suffixes: N = prompts of a pool, E = the encoder's width, F = folds.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from depo_plugin.config import EstimatorConfig
+
+# Families of short reasoning-gym questions. A family's levels are those of its curriculum, all attributes together.
+FAMILIES = (
+    "chain_sum",
+    "gcd",
+    "base_conversion",
+    "letter_counting",
+    "spell_backward",
+    "leg_counting",
+    "simple_equations",
+    "fraction_simplification",
+    "time_intervals",
+    "count_bits",
+    "products",
+    "lcm",
+    "prime_factorization",
+    "calendar_arithmetic",
+    "syllogism",
+    "family_relationships",
+    "basic_arithmetic",
+    "caesar_cipher",
+)
+LEVELS = 5  # at most; some curricula have fewer
+HELD_BACK = ("rotation",)  # attributes that stay at their first level: the family refuses its own later ones
+DRAWN_PER_WANTED = 8  # questions drawn for one that is wanted: short ones repeat
+FOLDS = 5
+RIDGE = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # penalties tried, on standardised columns
+CHUNK = 24  # texts per forward pass
+THREADS = 2
+
+
+def default_cache() -> Path:
+    """Return the folder where texts and embeddings are kept between runs."""
+    return Path(tempfile.gettempdir()) / f"depo-replay-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+
+
+# ── Texts ──
+
+
+def _levels(family: str) -> list:
+    """Return the configurations of a family's levels, all attributes together; equal ones once."""
+    from reasoning_gym.factory import CURRICULA
+
+    found = []
+    for level in range(LEVELS):
+        curriculum = CURRICULA[family]()
+        for name, attribute in curriculum.attributes.items():
+            curriculum.set_attr_level(name, 0 if name in HELD_BACK else min(level, len(attribute.levels) - 1))
+        config = vars(curriculum.generate_configuration({"seed": 0, "size": 1}))
+        if config not in found:
+            found.append(config)
+    return found
+
+
+def _questions(family: str, config: dict, seed: int, count: int) -> list[str]:
+    """Return up to `count` different questions of one family at one level of its curriculum."""
+    from reasoning_gym.factory import create_dataset
+
+    # An entry's seed is the data set's plus its place: far apart, or two levels would share questions.
+    size = count * DRAWN_PER_WANTED
+    dataset = create_dataset(family, **config | {"seed": seed * 10**6, "size": size})
+    found: dict[str, None] = {}
+    for i in range(size):
+        found[dataset[i]["question"]] = None
+        if len(found) == count:
+            break
+    return list(found)
+
+
+def gym_texts(size: int, cache: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return `size` different questions, each one's family_N and its level_N from 0 to 1; the same in every run.
+
+    Families and levels are equally frequent, as far as short families have that many different questions.
+    """
+    spec = [FAMILIES, LEVELS, size, HELD_BACK, DRAWN_PER_WANTED, version("reasoning-gym")]
+    path = cache / f"texts-{_digest([json.dumps(spec)])}.json"
+    if path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        rows = _draw_texts(size)
+        _write(path, lambda file: file.write(json.dumps(rows).encode()))
+    texts, family_N, level_N = zip(*rows, strict=True)
+    return list(texts), np.array(family_N), np.array(level_N)
+
+
+def _draw_texts(size: int) -> list[tuple[str, int, float]]:
+    levels = {name: _levels(name) for name in FAMILIES}
+    wanted = -(-size // sum(map(len, levels.values())))
+    while True:
+        seen: set[str] = set()
+        rows = []
+        for family, configs in enumerate(levels.values()):
+            for level, config in enumerate(configs):
+                found = _questions(FAMILIES[family], config, 1 + family * LEVELS + level, wanted)
+                new = [text for text in found if text not in seen]
+                seen.update(new)
+                rows += [(text, family, level / (len(configs) - 1)) for text in new]
+        if len(rows) >= size:
+            order = np.random.default_rng(size).permutation(len(rows))[:size]
+            return [rows[i] for i in order.tolist()]
+        wanted += wanted // 8 + 1
+
+
+# ── Embeddings ──
+
+
+def estimator_cache(cache: Path) -> Path:
+    """Return the folder where the estimators of all runs keep their embeddings."""
+    return cache / "estimator"
+
+
+def embed(texts: list[str], cache: Path) -> np.ndarray:
+    """Return the frozen bundled encoder's mean-pooled embeddings, float32 (N, E), from the cache where it has them."""
+    path = _embeddings_path(texts, cache)
+    if not path.exists():
+        rows_NE = _encode(texts, cache).astype(np.float16)
+        _write(path, lambda file: np.save(file, rows_NE))
+    return np.load(path).astype(np.float32)
+
+
+def _encode(texts: list[str], cache: Path) -> np.ndarray:
+    """Embed, into the estimator's own cache on disk as well, so that each text of a pool is embedded once in all."""
+    import torch
+
+    from depo_plugin import encode
+    from depo_plugin.embeddings import EmbeddingCache
+    from depo_plugin.history import prompt_key
+    from depo_plugin.model import load_encoder, pool, token_limit, weights_digest
+
+    encoder, tokenizer = load_encoder(None)
+    encoder.eval()
+    limit = token_limit(encoder, tokenizer, EstimatorConfig().max_length)
+    store = EmbeddingCache(estimator_cache(cache) / f"{weights_digest(encoder)}-{limit}", encoder.config.hidden_size)
+
+    def compute(missing: np.ndarray) -> np.ndarray:
+        ids = encode.tokenize(tokenizer, [texts[i] for i in missing], limit)
+        rows = np.empty((len(ids), encoder.config.hidden_size), np.float32)
+        order = np.argsort([len(one) for one in ids], kind="stable")  # like lengths together: little padding
+        for batch in (order[i : i + CHUNK] for i in range(0, len(order), CHUNK)):
+            tensors = encode.pad([ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
+            rows[batch] = pool(encoder, *tensors).numpy()
+        return rows
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        with torch.inference_mode():
+            return store.get(np.array([prompt_key(text, "") for text in texts], np.uint64), compute)
+    finally:
+        torch.set_num_threads(before)
+
+
+# ── What a ridge regression reads from them ──
+
+
+class Ridge:
+    """Out-of-fold ridge predictions from fixed embeddings: folds and inverses are made once, targets come later."""
+
+    def __init__(self, x_NE: np.ndarray):
+        """Standardise the columns, split into FOLDS and prepare one solver per fold and penalty."""
+        x_NE = np.asarray(x_NE, np.float64)
+        x_NE = (x_NE - x_NE.mean(0)) / (x_NE.std(0) + 1e-9)
+        fold_N = np.random.default_rng(len(x_NE)).permutation(len(x_NE)) % FOLDS
+        self._folds = []
+        for fold in range(FOLDS):
+            inside, outside = np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)
+            values, vectors = np.linalg.eigh(x_NE[inside].T @ x_NE[inside])
+            self._folds.append((inside, outside, x_NE[inside] @ vectors, x_NE[outside] @ vectors, values.clip(0)))
+
+    def predict(self, y_N: np.ndarray, penalty: float) -> np.ndarray:
+        """Return each prompt's prediction by the folds without it; linear in y_N but for each fold's mean."""
+        out_N = np.empty(len(y_N))
+        for inside, outside, x_in, x_out, values in self._folds:
+            mean = y_N[inside].mean()
+            weights = (x_in.T @ (y_N[inside] - mean)) / (values + penalty)
+            out_N[outside] = mean + x_out @ weights
+        return out_N
+
+    def best(self, y_N: np.ndarray) -> np.ndarray:
+        """Return the out-of-fold predictions of the penalty with the least squared error."""
+        found = [self.predict(y_N, penalty) for penalty in RIDGE]
+        return min(found, key=lambda out_N: float(np.square(out_N - y_N).sum()))
+
+
+@functools.lru_cache(maxsize=2)
+def _ridge(path: Path) -> Ridge:
+    return Ridge(np.load(path))
+
+
+def ridge_of(texts: list[str], cache: Path) -> Ridge:
+    """Return the prepared regression on these texts' embeddings, made once per process."""
+    embed(texts, cache)
+    return _ridge(_embeddings_path(texts, cache))
+
+
+def _embeddings_path(texts: list[str], cache: Path) -> Path:
+    return cache / f"embeddings-{_digest(texts)}.npy"
+
+
+def _digest(texts: list[str]) -> str:
+    digest = hashlib.blake2b(digest_size=12)
+    for text in texts:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
+
+
+def _write(path: Path, write) -> None:
+    """Write a cache file whole: under a name of its own first, as two processes may write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        write(file)
+    temporary.replace(path)

@@ -1,0 +1,290 @@
+"""Pools of prompts and a simulated policy: an item-response model in place of a language model.
+
+    logit p = ability(t) + text part (family, level) + item noise,   k ~ Binomial(G, p)
+
+Suffixes: N = prompts of a pool, B = prompts of one call.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from benchmarks.replay import texts
+from depo_plugin.labels import D_MIN, Label
+from depo_plugin.metrics import spearman
+
+BATCH = 64
+GAIN = 0.02  # ability gained by a step whose groups all have signal
+WASTED_GAIN = 0.001  # and by one whose groups all have none
+RATE_CLIP = 0.01  # a pool file's pass rates are clipped to [0.01, 0.99]: 0 of 8 is not "never"
+CONFIDENCE_NOISE = 0.5  # of logit d, beside its dependence on p
+
+
+class Stream(IntEnum):
+    """The world's uses of chance, each with its own random stream: default_rng([seed, Stream, ...])."""
+
+    WORLD = 20
+    OUTCOME = 21
+    CONFIDENCE = 22
+    PROBE = 23
+    SELECT = 24
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A default pool.
+
+    mean, spread: of the starting policy's logits over the pool; text_spearman: what a ridge regression on frozen
+    embeddings is to reach; jumps: (step, ability added then) from outside, such as another data mix.
+    """
+
+    mean: float
+    spread: float
+    text_spearman: float
+    size: int = 2000
+    steps: int = 120
+    jumps: tuple[tuple[int, float], ...] = ()
+    fresh: bool = False
+
+
+# 0.26 is what GSM8K gives and 0.57 what the levels of MATH give.
+POOLS = {
+    "easy": PoolSpec(mean=2.5, spread=2.5, text_spearman=0.30),
+    "hard": PoolSpec(mean=-3.5, spread=2.5, text_spearman=0.45),
+    "mixed": PoolSpec(mean=-0.5, spread=3.0, text_spearman=0.50),
+    "drift": PoolSpec(mean=-0.5, spread=3.0, text_spearman=0.50, jumps=((50, 2.0), (90, -1.2))),
+    "fresh": PoolSpec(mean=-0.5, spread=3.0, text_spearman=0.57, size=12000, steps=84, fresh=True),
+    "learnable": PoolSpec(mean=-0.5, spread=0.6, text_spearman=0.40),
+}
+HIDDEN = ("learnable",)  # not among the default pools
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Prompts and the truth about them.
+
+    logit_N: the starting policy's; text_N: what their family and level say of it, noise: the spread around that.
+    text_spearman: the measured one of a cross-validated ridge regression with the starting pass rates.
+    """
+
+    name: str
+    prompts: list[str]
+    logit_N: np.ndarray
+    text_N: np.ndarray
+    noise: float
+    text_spearman: float
+    steps: int
+    batch: int = BATCH
+    jumps: tuple[tuple[int, float], ...] = ()
+    fresh: bool = False
+    index: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.index.update({prompt: i for i, prompt in enumerate(self.prompts)})
+        if len(self.index) != len(self.prompts):
+            raise ValueError(f"pool {self.name}: prompts repeat")
+
+
+class PoolFileError(ValueError):
+    """A pool file cannot be used; says which line and why."""
+
+
+def sigmoid(x):
+    """Return 1 / (1 + e^−x) without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))
+
+
+def signal_chance(p, group_size: int):
+    """Return u(p) = 1 − p^G − (1−p)^G, the chance that a group is not all right and not all wrong."""
+    return 1 - p**group_size - (1 - p) ** group_size
+
+
+# ── Default pools ──
+
+
+def build_pool(name: str, seed: int, cache: Path, spec: PoolSpec | None = None) -> Pool:
+    """Return a default pool: the same texts for every seed, their effects and noise drawn anew.
+
+    The share of the text in the logits' variance is found by bisection, so that the ridge regression reaches
+    spec.text_spearman; mean and spread of the logits stay what they are.
+    """
+    spec = spec or POOLS[name]
+    prompts, family_N, level_N = texts.gym_texts(spec.size, cache)
+    rng = np.random.default_rng([seed, Stream.WORLD, sorted(POOLS).index(name)])
+    effect = rng.normal(size=len(texts.FAMILIES))
+    slope = rng.uniform(0.5, 1.5, size=len(texts.FAMILIES)) * 2.5
+    text_N = _standardised(effect[family_N] - slope[family_N] * level_N)
+    noise_N = rng.normal(size=spec.size)
+    noise_N = _standardised(noise_N - noise_N @ text_N / spec.size * text_N)  # uncorrelated: variances add up exactly
+    ridge = texts.ridge_of(prompts, cache)
+
+    def mixed(share: float) -> np.ndarray:
+        return math.sqrt(share) * text_N + math.sqrt(1 - share) * noise_N
+
+    def measured(share: float) -> float:
+        return spearman(ridge.best(mixed(share)), mixed(share)) or 0.0
+
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measured(middle) < spec.text_spearman else (low, middle)
+    share = (low + high) / 2
+    return Pool(
+        name,
+        prompts,
+        spec.mean + spec.spread * mixed(share),
+        spec.mean + spec.spread * math.sqrt(share) * text_N,
+        spec.spread * math.sqrt(1 - share),
+        measured(share),
+        spec.steps,
+        jumps=spec.jumps,
+        fresh=spec.fresh,
+    )
+
+
+def _standardised(x_N: np.ndarray) -> np.ndarray:
+    return (x_N - x_N.mean()) / x_N.std()
+
+
+# ── A user's own pool ──
+
+
+def read_pool_file(path: Path, batch: int = BATCH) -> tuple[list[str], np.ndarray, int]:
+    """Return a pool file's prompts, their pass rates and how many lines repeated an earlier prompt.
+
+    One JSON object a line with "prompt" and "pass_rate" (others are ignored; empty lines too). A prompt that repeats
+    counts once, with the mean of its pass rates. Raises PoolFileError naming file and line.
+    """
+    rates: dict[str, list[float]] = {}
+    lines = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                prompt, rate = _pool_line(line, f"{path}, line {number}")
+                rates.setdefault(prompt, []).append(rate)
+                lines += 1
+    if len(rates) < batch:
+        raise PoolFileError(f"{path}: {len(rates)} different prompts, fewer than a batch ({batch}). Give more.")
+    return list(rates), np.array([np.mean(found) for found in rates.values()]), lines - len(rates)
+
+
+def _pool_line(line: bytes, place: str) -> tuple[str, float]:
+    wanted = 'Each line must be {"prompt": "...", "pass_rate": 0.25}.'
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as err:
+        raise PoolFileError(f"{place}: not UTF-8. {wanted}") from err
+    except json.JSONDecodeError as err:
+        raise PoolFileError(f"{place}: not JSON: {err.msg} (column {err.colno}). {wanted}") from err
+    if not isinstance(row, dict):
+        raise PoolFileError(f"{place}: not a JSON object. {wanted}")
+    if missing := [key for key in ("prompt", "pass_rate") if key not in row]:
+        raise PoolFileError(f"{place}: {' and '.join(missing)} missing. {wanted}")
+    prompt, rate = row["prompt"], row["pass_rate"]
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise PoolFileError(f"{place}: prompt must be a text that is not empty. {wanted}")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise PoolFileError(f"{place}: pass_rate {rate!r} must be a number from 0 to 1. {wanted}")
+    return prompt, float(rate)
+
+
+def file_pool(path: Path, cache: Path, steps: int, jumps=(), batch: int = BATCH) -> Pool:
+    """Return the pool of a user's file. Its pass rates, clipped, are the starting policy's.
+
+    What the text says is not known here: it is the out-of-fold ridge prediction, with its residual spread.
+    """
+    prompts, rate_N, _ = read_pool_file(path, batch)
+    rate_N = rate_N.clip(RATE_CLIP, 1 - RATE_CLIP)
+    logit_N = np.log(rate_N / (1 - rate_N))
+    text_N = texts.ridge_of(prompts, cache).best(logit_N)
+    noise = max(float(np.sqrt(np.mean((logit_N - text_N) ** 2))), 0.1)
+    return Pool(path.name, prompts, logit_N, text_N, noise, spearman(text_N, logit_N) or 0.0, steps, batch, jumps)
+
+
+def shortened(spec: PoolSpec, steps: int, size: int) -> PoolSpec:
+    """Return a smaller pool for fewer steps, its jumps at the same parts of the run."""
+    jumps = tuple((round(at * steps / spec.steps), change) for at, change in spec.jumps)
+    return replace(spec, steps=steps, size=size, jumps=jumps)
+
+
+# ── The policy ──
+
+
+class Groups(NamedTuple):
+    """Outcomes of one call: prompt indices, successes of `samples` responses, and whether the rewards differ."""
+
+    index_B: np.ndarray
+    successes_B: np.ndarray
+    samples: int
+    signal_B: np.ndarray
+
+
+class Policy:
+    """A policy with one ability that grows with what it is trained on.
+
+    Luck follows from (seed, step, call, prompt), so that two methods that roll out the same prompt in the same step at
+    the same ability see the same outcome: differences between methods are not luck.
+    """
+
+    def __init__(self, pool: Pool, group_size: int, seed: int):
+        """Start at ability 0, before step 0."""
+        self.pool, self.group_size, self._seed = pool, group_size, seed
+        self.ability = 0.0
+        self.step = -1
+        self._calls = 0
+
+    def begin_step(self) -> None:
+        """Go to the next step; jumps from outside happen here."""
+        self.step += 1
+        self._calls = 0
+        self.ability += sum(change for at, change in self.pool.jumps if at == self.step)
+
+    def rates(self, index_B: np.ndarray) -> np.ndarray:
+        """Return the true pass rates now, float64 (B,)."""
+        return sigmoid(self.pool.logit_N[index_B] + self.ability)
+
+    def rollout(self, index_B: np.ndarray) -> Groups:
+        """Draw one group per prompt."""
+        self._calls += 1
+        rng = np.random.default_rng([self._seed, Stream.OUTCOME, self.step, self._calls])
+        return self._groups(np.asarray(index_B), rng)
+
+    def probe(self, index_B: np.ndarray) -> np.ndarray:
+        """Return whether a group of each prompt, simulated only to judge predictions, has a signal; bool (B,)."""
+        rng = np.random.default_rng([self._seed, Stream.PROBE, self.step])
+        return self._groups(np.asarray(index_B), rng).signal_B
+
+    def _groups(self, index_B, rng):
+        luck_B = rng.random(len(self.pool.prompts))[index_B]
+        successes_B = binomial_quantile(luck_B, self.rates(index_B), self.group_size)
+        return Groups(index_B, successes_B, self.group_size, (successes_B > 0) & (successes_B < self.group_size))
+
+    def labels(self, groups: Groups, rejected: bool = False) -> list[Label]:
+        """Return what the estimator is told of these groups. rejected: thrown away by dynamic sampling, so no d."""
+        rng = np.random.default_rng([self._seed, Stream.CONFIDENCE, self.step, self._calls])
+        # A policy is surer of what it solves: d rises with p, from about 0.4 to about 0.95.
+        logit_B = self.pool.logit_N[groups.index_B] + self.ability
+        d_B = sigmoid(1.2 + 0.35 * logit_B + CONFIDENCE_NOISE * rng.normal(size=len(logit_B))).clip(D_MIN, 1 - D_MIN)
+        rows = zip(groups.index_B.tolist(), groups.successes_B.tolist(), d_B.tolist(), groups.signal_B, strict=True)
+        return [
+            Label(self.pool.prompts[i], "", k / groups.samples, None if rejected else d, groups.samples, bool(signal))
+            for i, k, d, signal in rows
+        ]
+
+    def train(self, effective: int, wasted: int) -> None:
+        """Learn from one batch: ability grows with the share of groups that had a signal, hardly with the others."""
+        self.ability += (GAIN * effective + WASTED_GAIN * wasted) / self.pool.batch
+
+
+def binomial_quantile(luck_B: np.ndarray, p_B: np.ndarray, count: int) -> np.ndarray:
+    """Return the least k with P(K ≤ k) > luck, K ~ Binomial(count, p): a draw of K where luck is uniform in [0, 1)."""
+    mass = np.array([math.comb(count, k) for k in range(count + 1)], np.float64)
+    k = np.arange(count + 1)
+    p_B1 = np.asarray(p_B, np.float64)[:, None]
+    cumulative = np.cumsum(mass * p_B1**k * (1 - p_B1) ** (count - k), axis=1)
+    return np.minimum((cumulative <= np.asarray(luck_B)[:, None]).sum(1), count)
