@@ -11,6 +11,8 @@ history. Memory is the peak above what was held before.
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import tempfile
@@ -89,6 +91,9 @@ class Clock:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated() / 2**20
         else:
+            gc.collect()
+            with contextlib.suppress(OSError, AttributeError):  # memory that was freed is to be the system's again
+                ctypes.CDLL(None).malloc_trim(0)
             with contextlib.suppress(OSError):  # then it is the process's peak so far
                 Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self._before = resident("VmRSS")
@@ -180,11 +185,10 @@ def timed(who, verb: str, given: list) -> tuple[int, float, float]:
 
 def row(name: str, who, verb: str, count: int, ms: float, mib: float) -> dict:
     """Return one row, printed as well."""
-    print(
-        f"| {name} | {who.device.type} {who.dtype} | {verb} | {count} | {1e3 * count / ms:.4g} | {ms:.4g} | {mib:.0f} |"
-    )
+    per_s = 1e3 * count / ms
+    print(f"| {name} | {who.device.type} {who.dtype} | {verb} | {count} | {per_s:.3g} | {ms:.0f} | {mib:.0f} |")
     fields = {"name": name, "device": who.device.type, "dtype": who.dtype, "verb": verb}
-    return fields | {"prompts": count, "per_s": 1e3 * count / ms, "ms": ms, "mib": mib}
+    return fields | {"prompts": count, "per_s": per_s, "ms": ms, "mib": mib}
 
 
 # ── Training the encoder ──
@@ -266,7 +270,7 @@ def goals(rows: list[dict]) -> list[dict]:
 
     def add(device: str, what: str, goal: float, figure: float, least: bool = True) -> None:
         found.append(
-            {"device": device, "what": what, "goal": goal, "figure": figure, "met": (figure >= goal) == least}
+            {"device": device, "what": what, "goal": goal, "figure": figure, "met": bool((figure >= goal) == least)}
         )
 
     for verb in VERBS:

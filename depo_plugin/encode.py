@@ -16,7 +16,7 @@ from depo_plugin.model import pool
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # a CPU is fastest while a layer's activations stay in its cache
 GROWTH, SLACK = 1.125, 8  # a micro-batch's longest prompt: at most 1.125 times its shortest and 8 tokens more
 KEPT_BYTES = 6 << 30  # of activations that one call keeps for the backward pass: 128 mixed prompts of a small encoder
-UNIT_BYTES = 68  # of activations per token, layer and unit of width (measured with MiniLM, the same in both precisions)
+UNIT_BYTES = 68  # of activations per token, layer and unit of width (measured with MiniLM, in both precisions)
 GAIN = 1.25  # how much faster bf16 must be, or the noise of a busy machine would decide
 PROBE_SECONDS, PROBE_RUNS = 0.7, 3
 PROBE_PROMPTS, PROBE_TOKENS = {"cpu": 1, "cuda": 64}, 128  # enough to keep the device busy

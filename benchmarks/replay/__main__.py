@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.replay import judge, plots, report, texts, world
 from benchmarks.replay.jobs import Job, work
-from benchmarks.replay.methods import METHODS, NOT_DEFAULT, PAPER_OVERRIDES, depo_config
+from benchmarks.replay.methods import METHODS, NOT_DEFAULT, PAPER_OVERRIDES, depo_config, paper_config
 from depo_plugin.config import ConfigError
 from depo_plugin.yaml_io import flag_value
 
@@ -28,9 +28,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments, checked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description=__doc__.splitlines()[0])
     defaults = [name for name in world.POOLS if name not in world.HIDDEN]
-    parser.add_argument("--pools", help=f"of {','.join(world.POOLS)} (default: {','.join(defaults)})")
-    parser.add_argument("--methods", help=f"of {','.join(METHODS)} (default: all but {','.join(NOT_DEFAULT)})")
-    parser.add_argument("--group-size", help="such as 8 or 4,16 (default: 8, and on mixed 4 and 16 too)")
+    parser.add_argument("--pools", nargs="+", help=f"of {','.join(world.POOLS)} (default: {','.join(defaults)})")
+    parser.add_argument(
+        "--methods", nargs="+", help=f"of {','.join(METHODS)} (default: all but {','.join(NOT_DEFAULT)})"
+    )
+    parser.add_argument("--group-size", nargs="+", help="such as 8 or 4,16 (default: 8, and on mixed 4 and 16 too)")
     parser.add_argument("--seeds", type=int, help=f"number of seeds (default: {SEEDS}, with --quick {QUICK_SEEDS})")
     parser.add_argument("--pool-file", type=Path, help='a pool of your own, {"prompt", "pass_rate"} a line')
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of depo's own")
@@ -53,11 +55,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except ConfigError as err:
         parser.error(str(err))
     try:
-        args.sizes = [int(text) for text in args.group_size.split(",")] if args.group_size else None
+        args.sizes = [int(text) for text in _split(args.group_size)]
     except ValueError:
-        parser.error(f"--group-size {args.group_size}: must be numbers such as 4,16.")
+        parser.error(f"--group-size {' '.join(args.group_size)}: must be numbers such as 4 16.")
     if args.sizes and min(args.sizes) < 2:
-        parser.error(f"--group-size {args.group_size}: must be at least 2.")
+        parser.error(f"--group-size {min(args.sizes)}: must be at least 2.")
     if args.pool_file is not None:
         try:
             *_, merged = world.read_pool_file(args.pool_file)
@@ -70,8 +72,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _names(parser, flag: str, given: str | None, known) -> list[str]:
-    names = given.split(",") if given else []
+def _split(given: list[str] | None) -> list[str]:
+    """Return the words of `a b` and of `a,b` alike."""
+    return [word for part in given or [] for word in part.split(",") if word]
+
+
+def _names(parser, flag: str, given: list[str] | None, known) -> list[str]:
+    names = _split(given)
     if unknown := [name for name in names if name not in known]:
         parser.error(f"{flag} {','.join(unknown)}: unknown. Choose from {','.join(known)}.")
     return names
@@ -97,8 +104,8 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def finished(jobs: list[Job], start: float) -> Iterator[tuple[Job, list[judge.Played], float]]:
-    """Yield each job with its runs and its pool's measured Spearman as it ends; the largest begin."""
+def finished(jobs: list[Job], start: float) -> Iterator[tuple[Job, list[judge.Played], tuple[float, float]]]:
+    """Yield each job with its runs and what its pool's texts tell, as it ends; the largest begin."""
     if len(jobs) == 1:
         yield jobs[0], *work(jobs[0])
         return
@@ -120,7 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         judge.say(f"{job.pool}: texts and embeddings")
         job.build()  # so that the workers find them
     if "depo_paper" in args.methods:
-        print(f"depo_paper: configs/depo_paper.yaml with {PAPER_OVERRIDES} (none: the bundled all-MiniLM-L6-v2)")
+        print(
+            f"depo_paper: configs/depo_paper.yaml with {PAPER_OVERRIDES} (the bundled all-MiniLM-L6-v2); it keeps "
+            f"everything for its first {paper_config().filter.warmup_steps} steps."
+        )
     done: dict[int, tuple] = {}
     for job, *found in finished(jobs, start):
         done[jobs.index(job)] = found
@@ -129,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps([one.row for one in played], indent=1) + "\n", encoding="utf-8")
     rows = [one.row for one in played]
-    measured: dict[str, dict[int, float]] = {}
+    measured: dict[str, dict[int, tuple[float, float]]] = {}
     for i in sorted(done):
         measured.setdefault(jobs[i].pool, {})[jobs[i].seed] = done[i][1]
     print(report.table(rows, {pool: list(by_seed.values()) for pool, by_seed in measured.items()}))

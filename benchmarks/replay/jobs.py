@@ -41,8 +41,8 @@ class Job:
         )
 
 
-def work(job: Job) -> tuple[list[judge.Played], float]:
-    """Play a job; return its runs and the pool's measured Spearman of the text."""
+def work(job: Job) -> tuple[list[judge.Played], tuple[float, float]]:
+    """Play a job; return its runs and what the pool's texts tell: text_spearman and known_spearman."""
     import torch
 
     torch.set_num_threads(1)
@@ -54,4 +54,4 @@ def work(job: Job) -> tuple[list[judge.Played], float]:
         played.append(bench.run(method))
         ratio, seconds = played[-1].row["effective_ratio"], time.perf_counter() - start
         judge.say(f"{pool.name} G={job.group_size} seed {job.seed} {method}: effective {ratio:.3f} ({seconds:.1f} s)")
-    return played, pool.text_spearman
+    return played, (pool.text_spearman, pool.known_spearman)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.replay import texts
-from benchmarks.replay.methods import METHODS, Setup, depo_config
+from benchmarks.replay.methods import METHODS, Setup
 from benchmarks.replay.world import Policy, Pool, build_pool, signal_chance
 from depo_plugin.metrics import auc, spearman
 
@@ -38,6 +38,7 @@ KEYS = (
     "estimator_seconds",
 )
 BINS = 15  # of p̂ in [0, 1], for the calibration error
+JUDGED_FROM = 20  # step: every method is judged from then on, whatever its own warm-up
 LEARNABLE = 0.5  # u(p) from which a prompt counts as truly learnable
 DRAWS_MAX = 20  # batches that dynamic sampling rolls out for one at most
 
@@ -62,12 +63,6 @@ class Tally:
     windows: list[tuple] = field(default_factory=list)  # one per step: learnable indices met, indices trained
 
 
-@functools.cache
-def warmup_steps() -> int:
-    """Return the step from which every method is judged: depo's warm-up, whatever is overridden."""
-    return depo_config({}).filter.warmup_steps
-
-
 # ── The loop ──
 
 
@@ -89,7 +84,7 @@ def play(pool: Pool, factory, group_size: int, seed: int, **setup) -> Played:
         rolled = sum(len(scan[0]) for scan in at_rollout)
         for name, value in zip(series, (effective / rolled, *_means(scans)), strict=True):
             series[name].append(value)
-        if step >= warmup_steps():
+        if step >= JUDGED_FROM:
             tally.rolled, tally.effective = tally.rolled + rolled, tally.effective + effective
             tally.scans += scans
             met = [scan[0][signal_chance(scan[4], group_size) >= LEARNABLE] for scan in scans]

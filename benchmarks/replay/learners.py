@@ -30,8 +30,6 @@ def make_scores(p_B: np.ndarray, v_B: np.ndarray, updates: int, group_size: int)
 class Learner:
     """No belief at all: the loader keeps everything."""
 
-    predicts = False  # whether p̂ and V mean anything
-
     def __init__(self, policy: Policy):
         """Start without updates. policy: the one that is trained; what of it may be read is each learner's own."""
         self.policy, self.pool, self.group_size = policy, policy.pool, policy.group_size
@@ -67,8 +65,6 @@ class Nothing(Learner):
 class Oracle(Learner):
     """Knows the true pass rates."""
 
-    predicts = True
-
     def score(self, prompts: list[str], labels: list[str]) -> Scores:
         """Return p and u(p)."""
         p_B = self.policy.rates(self._indices(prompts))
@@ -82,8 +78,6 @@ class Ideal(Learner):
     posterior over logit = text + noise is on a grid; a group of k of n at ability A multiplies it by
     p^k (1−p)^(n−k), p = σ(logit + A). p̂ = E[p] and V = E[u(p)] at the ability now.
     """
-
-    predicts = True
 
     def __init__(self, policy: Policy):
         """Start from the prior, a normal distribution around each text's part."""
@@ -126,7 +120,6 @@ class HistoryOnly(Learner):
     log-likelihood  Σ_{i<k} log(a + i) + Σ_{i<n−k} log(b + i) − Σ_{i<n} log(a + b + i).
     """
 
-    predicts = True
     DISCOUNT = 0.98  # per update
     LIKELIHOOD_KEPT = 0.98
     KAPPAS = np.geomspace(0.25, 256.0, 41)

@@ -126,6 +126,11 @@ def depo_config(overrides: Mapping[str, Any]) -> DepoConfig:
     return load_config("depo", overrides)
 
 
+def paper_config() -> DepoConfig:
+    """Return the paper's settings with an encoder that needs no network."""
+    return load_config("depo_paper", PAPER_OVERRIDES)
+
+
 def _estimated(setup: Setup, cfg: DepoConfig):
     from depo_plugin.estimator import DifficultyEstimator
 
@@ -162,7 +167,7 @@ METHODS: dict[str, tuple[Callable[[Setup], Any], ...]] = {
     "grpo": (lambda setup: _plain(setup, resample=False),),
     "dynamic": (lambda setup: _plain(setup, resample=True),),
     "random": (_random,),
-    "depo_paper": (lambda setup: _estimated(setup, load_config("depo_paper", PAPER_OVERRIDES)),),
+    "depo_paper": (lambda setup: _estimated(setup, paper_config()),),
     "depo": (lambda setup: _estimated(setup, depo_config(setup.overrides)),),
     "text_only": (lambda setup: _estimated(setup, depo_config({"history.kappa": "inf"})),),
     "history_only": (_history_only,),

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.replay import report
-from benchmarks.replay.judge import Played, warmup_steps
+from benchmarks.replay.judge import JUDGED_FROM, Played
 
 
 def draw(played: list[Played], beside: Path) -> list[Path]:
@@ -73,8 +73,8 @@ def _lines(axes, runs):
             series = found[0].series
             axes.plot(series["predicted"], color=_colour(name), label=f"{name}: mean p̂ of scanned prompts")
             axes.plot(series["true"], color=_colour(name), ls="--", alpha=0.7, label=f"{name}: mean true pass rate")
-    axes.axvline(warmup_steps(), color="0.7", lw=1)
-    axes.set(xlabel=f"step, seed {runs[0].row['seed']}; the line ends depo's warm-up", ylim=(0, 1))
+    axes.axvline(JUDGED_FROM, color="0.7", lw=1)
+    axes.set(xlabel=f"step, seed {runs[0].row['seed']}; judged from the line on", ylim=(0, 1))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
 

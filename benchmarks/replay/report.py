@@ -33,13 +33,17 @@ def _values(rows: list[dict], setting: tuple[str, int], method: str, key: str) -
     return [value for value in found if value is not None]
 
 
-def table(rows: list[dict], text_spearman: dict[str, list[float]]) -> str:
-    """Return one block of lines per pool and group size. text_spearman: pool -> what was measured, one per seed."""
+def table(rows: list[dict], told: dict[str, list[tuple[float, float]]]) -> str:
+    """Return one block of lines per pool and group size.
+
+    told: pool -> what its texts tell of the starting pass rates, one per seed: Spearman of a cross-validated ridge
+    regression on frozen embeddings, and of what ideal knows.
+    """
     lines = []
     for setting in settings_of(rows):
         pool, group_size = setting
-        measured = ", ".join(f"{value:.2f}" for value in text_spearman.get(pool, []))
-        lines += ["", f"{pool}, G = {group_size}   (ridge on frozen embeddings: Spearman {measured})"]
+        ridge, known = (", ".join(f"{value:.2f}" for value in values) for values in zip(*told[pool], strict=True))
+        lines += ["", f"{pool}, G = {group_size}   (Spearman of the text: ridge on embeddings {ridge}; ideal {known})"]
         lines.append("method".ljust(WIDTH) + "".join(title.rjust(WIDTH) for title, _ in COLUMNS.values()))
         for method in dict.fromkeys(row["method"] for row in rows):
             cells = [_cell(_values(rows, setting, method, key), digits) for key, (_, digits) in COLUMNS.items()]

@@ -15,7 +15,7 @@ from depo_plugin.filter import signal_probability
 from depo_plugin.history import no_evidence
 
 GROUP = 8.0
-GRID = np.linspace(-60.0, 60.0, 60001)
+GRID = np.linspace(-60.0, 60.0, 12001)
 
 
 def believe(features=0, **settings):
@@ -319,7 +319,7 @@ def two_prompts(cross, own, groups, asked):
     on a grid of both, the third by what is left of it given those.
     """
     joint = cross + own * np.eye(3)
-    grid = np.linspace(-14, 14, 561)
+    grid = np.linspace(-14, 14, 281)
     x = np.stack(np.meshgrid(grid, grid, indexing="ij"), -1).reshape(-1, 2) + asked[:2]
     centered = x - asked[:2]
     log = -0.5 * np.einsum("ij,jk,ik->i", centered, np.linalg.inv(joint[:2, :2]), centered)
@@ -549,9 +549,9 @@ def test_the_ability_follows_a_jump_within_three_steps(size):
     within 0.23 from the first step on and 0.12 from the third.
     """
     abilities = np.r_[np.zeros(25), np.full(5, size)]
-    found = [follow(abilities, seed, groups=64, share=bool(seed % 2)) for seed in range(6)]
+    found = [follow(abilities, seed, groups=64, share=bool(seed % 2)) for seed in range(4)]
     moved = np.array([one[25:] - one[24] for one in found])
-    assert moved.shape == (6, 5)
+    assert moved.shape == (4, 5)
     assert moved[:, 2:] == pytest.approx(size, abs=0.3)
     assert moved.mean(0) == pytest.approx(size, abs=0.15)
 
@@ -559,7 +559,7 @@ def test_the_ability_follows_a_jump_within_three_steps(size):
 def test_the_ability_follows_a_slow_drift():
     """0.02 a step for 80 steps: measured, 0.14 behind in the end, and rising all the way."""
     abilities = 0.02 * np.arange(80)
-    found = np.mean([follow(abilities, seed) for seed in range(4)], axis=0)
+    found = np.mean([follow(abilities, seed) for seed in range(2)], axis=0)
     assert found[-1] - found[9] == pytest.approx(abilities[-1] - abilities[9], abs=0.25)
     assert (np.diff(found[9::10]) > 0).all()
 

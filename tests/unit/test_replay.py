@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.replay import bandits, judge, learners, report, texts, world
 from benchmarks.replay.__main__ import main
-from benchmarks.replay.methods import METHODS, PAPER_OVERRIDES
+from benchmarks.replay.methods import METHODS, paper_config
 from depo_plugin.config import load_config, to_dict
 from depo_plugin.labels import Label
 
@@ -113,7 +113,7 @@ def known_embeddings(monkeypatch):
 @pytest.mark.usefixtures("known_embeddings")
 def test_default_pools_reach_their_text_spearman(tmp_path):
     for target, seed in ((0.3, 0), (0.57, 1)):
-        spec = world.PoolSpec(mean=-1.0, spread=2.5, text_spearman=target, size=400, steps=10)
+        spec = world.PoolSpec(0, mean=-1.0, spread=2.5, text_spearman=target, size=400, steps=10)
         pool = world.build_pool("mixed", seed, tmp_path, spec)
         assert pool.text_spearman == pytest.approx(target, abs=0.01)
         assert pool.logit_N.mean() == pytest.approx(-1.0)
@@ -398,7 +398,7 @@ def test_a_run_by_hand(monkeypatch):
     # Prompt 0 always has a signal nearly surely (p = 1/2, G = 64), prompt 1 never (p ≈ 1).
     logit = np.array([0.0, 40.0])
     monkeypatch.setattr(world, "GAIN", 0.0)
-    pool = world.Pool("two", ["a", "b"], logit, logit, 1.0, 0.5, steps=judge.warmup_steps() + 5, batch=1)
+    pool = world.Pool("two", ["a", "b"], logit, logit, 1.0, 0.5, steps=judge.JUDGED_FROM + 5, batch=1)
     row = judge.play(pool, lambda setup: Fixed(setup.policy), 64, 0).row
     assert row["effective_ratio"] == 1
     assert row["rollouts_per_effective_group"] == 64
@@ -411,7 +411,7 @@ def test_a_run_by_hand(monkeypatch):
 
 
 def test_dynamic_pays_for_what_it_rejects():
-    pool = make_pool(steps=judge.warmup_steps() + 20)
+    pool = make_pool(steps=judge.JUDGED_FROM + 20)
     played = judge.play(pool, METHODS["dynamic"][0], 8, 0)
     # Every batch is full of effective groups, so ability grows by GAIN each step, and no rollout is free.
     assert played.row["final_ability"] == pytest.approx(pool.steps * world.GAIN)
@@ -473,13 +473,13 @@ def test_the_table_has_medians_and_spreads():
         dict.fromkeys(judge.KEYS) | {"pool": "p", "group_size": 4, "method": "grpo", "seed": seed, "brier": brier}
         for seed, brier in enumerate((0.1, 0.5, 0.2))
     ]
-    said = report.table(rows, {"p": [0.5]})
-    assert "p, G = 4   (ridge on frozen embeddings: Spearman 0.50)" in said
+    said = report.table(rows, {"p": [(0.5, 0.6), (0.4, 0.7)]})
+    assert "p, G = 4   (Spearman of the text: ridge on embeddings 0.50, 0.40; ideal 0.60, 0.70)" in said
     assert "0.200 ±0.200" in said
 
 
 def test_the_paper_is_overridden_in_its_encoder_alone():
-    paper, ours = (to_dict(load_config("depo_paper", changes)) for changes in ({}, PAPER_OVERRIDES))
+    paper, ours = to_dict(load_config("depo_paper", {})), to_dict(paper_config())
     assert ours["estimator"]["model"] is None
     assert ours == paper | {"estimator": paper["estimator"] | {"model": None}}
 
