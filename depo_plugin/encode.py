@@ -29,6 +29,7 @@ def tokenize(tokenizer, prompts: list[str], max_length: int) -> list[list[int]]:
     special tokens, an empty prompt becomes one padding token.
     """
     tokenizer.truncation_side = "left"
+    prompts = [prompt.encode(errors="replace").decode() for prompt in prompts]  # tokenizers refuse lone surrogates
     ids = tokenizer(prompts, truncation=True, max_length=max_length)["input_ids"] if prompts else []
     return [one or [tokenizer.pad_token_id] for one in ids]
 

@@ -360,7 +360,12 @@ class DifficultyEstimator:
 
         def compute(missing):
             with torch.no_grad():
-                return self._encode([prompts[i] for i in missing]).cpu().numpy()
+                x_BE = self._encode([prompts[i] for i in missing]).cpu().numpy()
+            if not np.isfinite(x_BE).all():  # never into the cache
+                raise EstimatorError(
+                    "the encoder gave NaN or infinity. Use --depo.estimator.dtype fp32, or another one."
+                )
+            return x_BE
 
         keys_B = np.array([prompt_key(prompt, "") for prompt in prompts], np.uint64)
         x_BE = torch.from_numpy(_unit(self._cache.get(keys_B, compute).astype(np.float32)))

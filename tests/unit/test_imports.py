@@ -22,6 +22,8 @@ LIGHT = {
     "filter": set(),
     "metrics": set(),
     "history": set(),
+    "belief": set(),
+    "embeddings": set(),
 }
 
 

@@ -432,7 +432,8 @@ def test_the_last_scan_of_a_pass_ends_with_it():
     estimator = Estimator(lambda i, _: 0.5 if 6 <= places[i] < 10 else 0.9)
     loader, _ = make(25, 4, estimator=estimator, budget="data", epsilon=0.0, max_scan=6)
     assert episode(loader) == stream(25, 0, 10)[6:]
-    assert [len(asked) for _, asked in estimator.questions] == [10, 11, 4]  # 4/0.5·1.25; then 4/0.48·1.25, the rate 0.8·0.5 + 0.2·4/10
+    # 4/0.5·1.25, then 4/0.48·1.25: the expected rate is 0.8·0.5 + 0.2·4/10.
+    assert [len(asked) for _, asked in estimator.questions] == [10, 11, 4]
     assert [len(batch) for batch in estimator.batches] == [10, 15]
 
 

@@ -154,7 +154,6 @@ def test_one_sided_steps_leave_a_belief_that_can_come_back(make):
 SURROGATES = ["\ud800", "half \udfff a pair", "1+1=\ud83d"]
 
 
-@pytest.mark.xfail(raises=TypeError, strict=False, reason="encode.tokenize() hands them to the tokenizer as they are")
 def test_surrogates_that_stand_alone_are_text_like_any_other(make):
     made = make()
     made.observe([label(prompt, 0.25) for prompt in SURROGATES])
