@@ -214,7 +214,7 @@ class DifficultyEstimator:
         metrics = prediction_metrics(p_B, v_B, y_B, signal_B) | self._stream_metrics(kept, y_B, signal_B)
         metrics |= self._source_metrics(kept, y_B)
         trained = [key for key, label in zip(keys, labels, strict=True) if label.d is not None]
-        self._trained = np.union1d(self._trained, np.array(trained, np.uint64))
+        self._trained = _with(self._trained, np.array(trained, np.uint64))
         self._metrics = metrics | self._losses | self._totals() | {"time_score": self._time_score}
         self._time_score = 0.0
         return self.metrics()
@@ -508,6 +508,15 @@ def _source(name: str, known: dict) -> str:
     """Return the data source as metrics name it: no logger is to get one metric for each of thousands."""
     name = str(name).replace("/", "_")
     return name if name in known or len(known) < SOURCES else "others"
+
+
+def _with(keys: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Return sorted keys, each once, with more of them; without sorting all of them anew, as np.union1d does."""
+    more = np.unique(more)
+    at = np.searchsorted(keys, more)
+    new = np.append(keys, np.uint64(0))[at] != more
+    new |= at == len(keys)
+    return np.insert(keys, at[new], more[new])
 
 
 def _unit(x_BE: np.ndarray) -> np.ndarray:
