@@ -11,6 +11,7 @@ from benchmarks.replay import bandits, judge, learners, report, texts, world
 from benchmarks.replay.__main__ import main
 from benchmarks.replay.methods import METHODS, paper_config
 from depo_plugin.config import load_config, to_dict
+from depo_plugin.filter import signal_probability
 from depo_plugin.labels import Label
 
 
@@ -258,6 +259,17 @@ def test_ideal_counts_a_prompt_twice_where_it_is_twice_in_a_batch():
     apart.observe([label(pool, 3, 2, 8)])
     apart.observe([label(pool, 3, 4, 8)])
     assert both._beliefs(np.array([3]))[0] == pytest.approx(apart._beliefs(np.array([3]))[0])
+
+
+def test_beliefs_that_are_no_beta_reach_the_loader_with_their_mean_and_signal():
+    p, v = np.array([0.3, 0.3, 0.999]), np.array([0.5, 0.94, 0.001])
+    scores = learners.make_scores(p, v, 7, 8)
+    if scores._fields[0] == "p":
+        assert (scores.p.tolist(), scores.v.tolist()) == (p.tolist(), v.tolist())
+    else:
+        assert scores.a / (scores.a + scores.b) == pytest.approx(p)
+        assert signal_probability(scores.a, scores.b, 8) == pytest.approx(v, rel=1e-3)
+    assert scores.updates == 7
 
 
 # ── History only ──
