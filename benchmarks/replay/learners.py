@@ -14,9 +14,7 @@ GRID = np.linspace(-5.0, 5.0, 121)  # of the item noise, in its standard deviati
 
 
 def make_scores(p_B: np.ndarray, v_B: np.ndarray, updates: int, group_size: int) -> Scores:
-    """Return Scores of p̂ and V."""
-    if Scores._fields[0] == "p":
-        return Scores(p_B, v_B, updates)
+    """Return the Beta beliefs that have this p̂ and this V, by bisection on a + b."""
     p_B = np.clip(p_B, 1e-6, 1 - 1e-6)
     low_B, high_B = np.full(len(p_B), -6.0), np.full(len(p_B), 6.0)
     for _ in range(50):
