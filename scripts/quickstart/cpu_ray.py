@@ -67,6 +67,12 @@ def stack_env(python_path=PATCHED, **extra) -> dict[str, str]:
     )
 
 
+def param_dtype() -> str:
+    """Return bf16, OpenRLHF's default, where this CPU has instructions for it, else fp32: 4 times faster there."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
 def own_processes(mark: str, session: int) -> list[int]:
     """Return the ids of this run's processes: with its mark, or in the head's session (Ray's agents hide the mark)."""
     needle = f"{MARK}={mark}".encode()

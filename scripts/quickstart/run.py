@@ -92,7 +92,8 @@ def launch_flags(args, preset: Preset, model: Path, data: Path, episodes: int) -
     flags = f"""
         --actor.num_nodes 1 --actor.num_gpus_per_node 1 --vllm.num_engines 1 --vllm.tensor_parallel_size 1
         --vllm.enforce_eager --vllm.sync_backend gloo --ds.attn_implementation eager --ds.adam_offload
-        --ds.zero_stage 2 --algo.kl.init_coef 0 --actor.adam.lr {preset.lr} --actor.lr_scheduler constant
+        --ds.zero_stage 2 --ds.param_dtype {cpu_ray.param_dtype()} --algo.kl.init_coef 0
+        --actor.adam.lr {preset.lr} --actor.lr_scheduler constant
         --rollout.batch_size {preset.batch_size} --rollout.n_samples_per_prompt {preset.group_size}
         --rollout.micro_batch_size {samples // 4} --train.batch_size {samples} --train.micro_batch_size {samples // 4}
         --rollout.max_new_tokens {preset.max_new_tokens} --data.max_len {preset.max_len}
