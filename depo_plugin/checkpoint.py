@@ -122,8 +122,9 @@ def load(folder: Path) -> dict:
     return _join(json.loads(files[STATE]), load_tensors(files[TENSORS]))
 
 
-def _step(folder: Path) -> int:
-    number = re.search(r"(\d+)$", folder.name)
+def step_of(tag: str) -> int:
+    """Return the step in a tag's name, -1 where there is none."""
+    number = re.search(r"(\d+)$", tag)
     return int(number[1]) if number else -1
 
 
@@ -132,7 +133,7 @@ def _tags(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     folders = [folder for folder in root.iterdir() if folder.is_dir() and not folder.name.endswith(PARTIAL)]
-    return sorted(folders, key=_step, reverse=True)
+    return sorted(folders, key=lambda folder: step_of(folder.name), reverse=True)
 
 
 def _first_valid(folders: list[Path]) -> tuple[str, dict] | None:
@@ -147,7 +148,7 @@ def _first_valid(folders: list[Path]) -> tuple[str, dict] | None:
 def latest_valid(root: Path, tag: str) -> tuple[str, dict] | None:
     """Return (tag, state) of the checkpoint asked for, else of the newest older one that can be read, else None."""
     asked = root / tag
-    older = [folder for folder in _tags(root) if folder.name != tag and _step(folder) <= _step(asked)]
+    older = [folder for folder in _tags(root) if folder.name != tag and step_of(folder.name) <= step_of(tag)]
     return _first_valid([asked, *older])
 
 

@@ -17,8 +17,11 @@ Only this module's light parts run without `--advantage_estimator depo`; the res
 import importlib.util
 import inspect
 import logging
+import math
 import os
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,8 +54,11 @@ SIGNATURES = {
 }
 
 # What one process holds between two calls. driver_actor: the actor's owner; handle: the way to the estimator;
-# loader: this process's DifficultyFilteredLoader; pending_metrics: of the step; dropped: groups without a label.
-_process = SimpleNamespace(driver_actor=None, handle=None, loader=None, pending_metrics=None, dropped=0, warned=False)
+# loader: this process's DifficultyFilteredLoader; pending_metrics: of the step; dropped: total of groups without a
+# label; warned: what was warned of once.
+_process = SimpleNamespace(
+    driver_actor=None, handle=None, loader=None, pending_metrics=None, dropped=0, warned=frozenset()
+)
 
 
 class SeamError(RuntimeError):
@@ -248,12 +254,13 @@ def reject(args, experiences) -> None:
     """Take a group that dynamic filtering throws away: its label is still learned, its place is given back."""
     from depo_plugin import labels
 
+    check_rewards(args, experiences)
+    _check_finite(args, experiences)
     label = labels.from_rejected(experiences, args.depo.labels.reward_range)
     if label is not None:
         _handle(args).reject(label)
     else:
-        _process.dropped += 1
-        _check_range(args, [], 1)
+        _drop(args, [], 1)
     _process.loader.refund(1)
 
 
@@ -266,61 +273,112 @@ def load(args, checkpoint_states: dict) -> None:
         return
     import ray
 
-    tag = (Path(args.ckpt.path) / "_actor" / "latest").read_text().strip()
+    from depo_plugin.checkpoint import step_of
+
+    # What DeepSpeed read; its converter makes global_step16_universal of global_step16, and ours stays as it is.
+    latest = "latest_universal" if args.ds.use_universal_ckpt else "latest"
+    folder = (Path(args.ckpt.path) / "_actor" / latest).read_text().strip()
+    found = re.match(r"(best_)?global_step\d+", folder)
+    tag = found[0] if found else f"global_step{checkpoint_states['global_step']}"
     used = ray.get(_handle(args).actor.load.remote(tag))
-    if used is None:
-        logger.warning("DEPO: no estimator checkpoint for %s; the estimator starts from the beginning.", tag)
-    elif used != tag:
-        logger.warning("DEPO: estimator checkpoint %s is missing or damaged, %s is used instead.", tag, used)
-    else:
+    if used == tag:
         logger.info("DEPO: estimator resumed from %s", used)
+    elif used is None:
+        logger.warning(
+            "DEPO: no estimator checkpoint for %s; the estimator starts from the beginning: %d steps of its learning "
+            "are lost.",
+            tag,
+            step_of(tag),
+        )
+    else:
+        logger.warning(
+            "DEPO: estimator checkpoint %s is missing or damaged, %s is used instead: %d steps of its learning are "
+            "lost.",
+            tag,
+            used,
+            step_of(tag) - step_of(used),
+        )
 
 
 def check_rewards(args, rollout_samples) -> None:
-    """Stop before any gradient where a response has no reward although a reward function was to give one.
+    """Stop before any gradient where a response has no reward although a reward function or agent was to give one.
 
     OpenRLHF logs the function's exception and leaves the reward None; a micro-batch with one None loses all its
-    rewards. Raises RuntimeError naming the reward function.
+    rewards. Raises RuntimeError naming the reward function or agent.
     """
-    if not args.reward.remote_url:
+    if not (args.reward.remote_url or args.train.agent_func_path):
         return
     missing = [sample for sample in rollout_samples if sample.rewards is None]
     if missing:
         raise RuntimeError(
-            f"{len(missing)} of {len(rollout_samples)} responses have no reward: --reward.remote_url "
-            f"{args.reward.remote_url} raised or returned none (see 'Failed to fetch reward' in the rollout actors' "
-            f"log). First such prompt: {missing[0].prompts[0][:200]!r}. No gradient was taken from this batch."
+            f"{len(missing)} of {len(rollout_samples)} responses have no reward: {_rewarder(args)} raised or returned "
+            f"none (see 'Failed to fetch reward' in the rollout actors' log). First such prompt: "
+            f"{missing[0].prompts[0][:200]!r}. No gradient was taken from this batch."
+        )
+
+
+def _rewarder(args) -> str:
+    """Return what gives the rewards, as its flag and value."""
+    if args.train.agent_func_path:  # OpenRLHF then sets reward.remote_url to "agent"
+        return f"--train.agent_func_path {args.train.agent_func_path}"
+    if args.reward.remote_url:
+        return f"--reward.remote_url {args.reward.remote_url}"
+    return f"--reward.model_name_or_path {args.reward.model_name_or_path}"
+
+
+def _check_finite(args, experiences) -> None:
+    """Stop where a reward is NaN or infinite: so would be all its group's advantages."""
+    bad = [
+        (prompt, reward)
+        for experience in experiences
+        for prompt, reward in zip(experience.prompts, experience.rewards.tolist(), strict=True)
+        if not math.isfinite(reward)
+    ]
+    if bad:
+        prompt, reward = bad[0]
+        total = sum(len(experience.prompts) for experience in experiences)
+        raise RuntimeError(
+            f"{len(bad)} of {total} responses have a reward that is NaN or infinite: {_rewarder(args)} gave {reward} "
+            f"to the prompt {prompt[:200]!r}. No gradient was taken from this batch."
         )
 
 
 def observe(args, experiences, step: int) -> None:
     """Send the step's groups to the estimator, to be learned behind the policy's training; weight their advantages.
 
-    experiences: after make_experience_batch, before balance_experiences; step: the step these rollouts train.
+    experiences: after make_experience_batch, before balance_experiences; step: the step these rollouts train. Raises
+    RuntimeError where a reward is not finite.
     """
     from depo_plugin import advantage, labels
 
+    _check_finite(args, experiences)
     group_size = args.rollout.n_samples_per_prompt
     groups, dropped = labels.from_experiences(experiences, group_size, args.depo.labels.reward_range)
-    _check_range(args, groups, dropped, step)
+    _drop(args, groups, dropped, step)
     if args.depo.advantage.importance_rescale:
         found = _handle(args).keep_weights(*labels.group_prompts(experiences, group_size))
         if found is not None:  # without the estimator every weight is 1
             advantage.rescale(experiences, advantage.weights(*found, args.depo.advantage.clip), group_size)
-    _process.dropped += dropped
     _process.pending_metrics = _handle(args).observe(groups)
 
 
-def _check_range(args, groups, dropped, step=None):
-    if not dropped or _process.warned:
+def _drop(args, groups, dropped, step=None):
+    """Count groups without a label; stop where the whole first batch is such, warn once elsewhere."""
+    if not dropped:
         return
     low, high = args.depo.labels.reward_range
     total = dropped + len(groups)
     message = f"{dropped} of {total} groups have scores outside --depo.labels.reward_range {low} {high}"
     if not groups and step == 1:
         raise RuntimeError(f"DEPO: {message}, in the whole first batch. Set the range your rewards are in.")
-    logger.warning("DEPO: %s (or not finite): they are not learned from. Set the range your rewards are in.", message)
-    _process.warned = True
+    _handle(args).tally["labels_dropped"] += dropped
+    _warn_once("DEPO: %s (or not finite): they are not learned from. Set the range your rewards are in.", message)
+
+
+def _warn_once(text: str, *args) -> None:
+    if text not in _process.warned:
+        logger.warning(text, *args)
+        _process.warned |= {text}
 
 
 def log(args, status: dict, step: int) -> None:
@@ -328,12 +386,17 @@ def log(args, status: dict, step: int) -> None:
     from depo_plugin.metrics import MetricsFile
 
     handle = _handle(args)
-    metrics = handle.wait(_process.pending_metrics, handle.timeout_s) or {}
-    metrics["time_blocked"] = metrics.get("time_blocked", 0.0) + handle.take_blocked_s()
+    metrics = Counter(handle.wait(_process.pending_metrics, handle.timeout_s) or {})
+    metrics.update(handle.take_tally())
+    _process.dropped += metrics["labels_dropped"]
     metrics["labels_dropped"] = _process.dropped
     status.update({f"depo/{name}": float(value) for name, value in metrics.items()})
     row = {"step": step} | {k: v for k, v in status.items() if isinstance(v, int | float)}
-    MetricsFile(Path(args.ckpt.output_dir) / "depo" / "metrics.jsonl").append(row)
+    file = MetricsFile(Path(args.ckpt.output_dir) / "depo" / "metrics.jsonl")
+    try:
+        file.append(row)
+    except OSError as error:
+        _warn_once("DEPO: %s cannot be written (%s); training goes on, steps are missing in it.", file.path, error)
 
 
 def save(args, tag: str) -> None:
@@ -341,5 +404,9 @@ def save(args, tag: str) -> None:
     actor_root = Path(args.ckpt.path) / "_actor"
     live_tags = {folder.name for folder in actor_root.iterdir() if folder.is_dir()} if actor_root.exists() else set()
     seconds = _handle(args).save(tag, live_tags)
-    if seconds is None:
-        logger.warning("DEPO: the estimator's checkpoint %s could not be written; training goes on.", tag)
+    if not isinstance(seconds, float):
+        logger.warning(
+            "DEPO: the estimator's checkpoint %s could not be written (%s); training goes on.",
+            tag,
+            seconds or "the estimator does not answer",
+        )

@@ -3,8 +3,10 @@
 Suffix: B = groups of one step.
 """
 
+import io
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -101,17 +103,31 @@ def prediction_metrics(p_B: np.ndarray, v_B: np.ndarray, y_B: np.ndarray, signal
     return {name: value for name, value in found.items() if value is not None}
 
 
+def append_whole(file: io.FileIO, data: bytes) -> None:
+    """Append data to an unbuffered file, or nothing of it where the disk is full (OSError)."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
 class MetricsFile:
-    """A file of one JSON object per line; each append is on its way to the disk when it returns."""
+    """A file of one JSON object per line; an append is whole, on its way to the disk when it returns, or undone."""
 
     def __init__(self, path: Path):
         """Take the path; folder and file are made by the first append."""
         self.path = Path(path)
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add one line. Values that are not finite become null, which JSON has and NaN is not."""
+        """Add one line. Values that are not finite become null, which JSON has and NaN is not.
+
+        Raises OSError where it cannot be written whole.
+        """
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with self.path.open("ab", buffering=0) as file:
+            append_whole(file, line)

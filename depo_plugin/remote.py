@@ -2,11 +2,16 @@
 
 The estimator is advice, never a dependency: the handle turns a dead or slow actor into "no scores" (the loader then
 keeps every prompt) with one warning; Ray restarts the actor, which takes up its newest checkpoint.
+
+    training at a step's pace:  call, call, wait ... answer      | a wait in vain: one warning, and from then on
+    the actor:                  runs them in this process's order | nothing is sent and nothing waits until the call
+                                                                  | sent last is answered
 """
 
 import contextlib
 import logging
 import time
+from collections import Counter
 from pathlib import Path
 
 import ray
@@ -20,6 +25,11 @@ logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and
 
 PLACEMENT_TIMEOUT_S = 120
 SAVE_TIMEOUT_S = 600
+TALLY = {  # what each process adds to the step's metrics
+    "time_blocked": "seconds that training waited for the estimator",
+    "labels_unsent": "groups since the last step that were not learned from, because the estimator was behind",
+    "labels_dropped": "groups without a label: a score is outside the range or not finite (logged as a total)",
+}
 
 
 def actor_name() -> str:
@@ -38,7 +48,7 @@ class EstimatorActor:
         """
         self.args, self.group_size, self.root = args, group_size, Path(snapshot_root)
         self.attached, self.rejected, self.judged = [], [], []
-        self.blocked_s = self.update_s = 0.0
+        self.tally, self.update_s = Counter(), 0.0
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self.build()
             self._take_up_latest()
@@ -59,11 +69,6 @@ class EstimatorActor:
         else:
             torch.set_num_threads(cfg.estimator.num_cpus)
         cache = self.root.with_name("depo_embeddings")  # beside our checkpoints: pruning those must not touch it
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            logger.warning("DEPO: embeddings are kept in a temporary folder: %s", error)
-            cache = None
         self.estimator = DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
 
     def _take_up_latest(self):
@@ -88,9 +93,9 @@ class EstimatorActor:
         """Return the Scores of these prompts (see DifficultyEstimator.score)."""
         return self.estimator.score(prompts, labels)
 
-    def record(self, records: list[dict], blocked_s: float) -> None:
-        """Remember a planned batch's decisions; blocked_s: seconds the loader waited for their scores."""
-        self.blocked_s += blocked_s
+    def record(self, records: list[dict], tally: dict[str, float]) -> None:
+        """Remember a planned batch's decisions; tally: what the loader's process adds to the step's metrics."""
+        self.tally.update(tally)
         self.estimator.record(records)
 
     def keep_weights(self, prompts: list[str], labels: list[str]) -> tuple[list[float], list[float]]:
@@ -106,8 +111,8 @@ class EstimatorActor:
         labels, self.rejected, self.judged = labels + self.rejected, [], []
         metrics = self.estimator.judge(labels)
         self.judged = labels
-        metrics |= {"time_update": self.update_s, "time_blocked": self.blocked_s}
-        self.blocked_s = 0.0
+        metrics |= {"time_update": self.update_s, **self.tally}
+        self.tally.clear()
         return metrics
 
     def learn(self) -> None:
@@ -117,11 +122,17 @@ class EstimatorActor:
         self.estimator.learn(judged)
         self.update_s = time.perf_counter() - start
 
-    def save(self, tag: str, live_tags: set[str]) -> float:
-        """Write the checkpoint `tag`, drop ours whose OpenRLHF checkpoint is gone, return the seconds it took."""
+    def save(self, tag: str, live_tags: set[str]) -> float | OSError:
+        """Write the checkpoint `tag`, drop ours whose OpenRLHF checkpoint is gone, return the seconds it took.
+
+        Returns the error where it cannot be written: a full disk says nothing of the estimator.
+        """
         start = time.perf_counter()
-        checkpoint.save(self.root / tag, self.estimator.state_dict())
-        checkpoint.point(self.root, tag)
+        try:
+            checkpoint.save(self.root / tag, self.estimator.state_dict())
+            checkpoint.point(self.root, tag)
+        except OSError as error:
+            return error
         checkpoint.prune(self.root, live_tags | {tag})
         return time.perf_counter() - start
 
@@ -181,29 +192,49 @@ class PendingScores:
 
 
 class EstimatorHandle:
-    """The estimator as other processes see it; faults of the actor become None and one warning."""
+    """The estimator as other processes see it; faults of the actor become None and one warning.
+
+    Where it is slow for good, all waits together take little more than one timeout: each one in vain leaves a tenth
+    of the patience, each answer in time doubles it again.
+    """
 
     def __init__(self, actor, timeout_s: float):
         self.actor = actor
         self.timeout_s = timeout_s
-        self.blocked_s = 0.0
-        self._degraded = False
-        self._sent = []  # calls that no one waits for
+        self.tally = dict.fromkeys(TALLY, 0.0)
+        self._patience = 1.0  # the share of a timeout that is waited
+        self._behind = False  # a wait was in vain, and the call sent last is not yet answered
+        self._degraded = False  # the warning was given
+        self._last = None  # the call sent last: this process's calls run in order, so all others are answered before
+        self._unheard = []  # calls that no one waits for
 
     def wait(self, ref, timeout_s: float):
-        """Return what ref gives, or None where the actor died, failed or took longer than timeout_s."""
-        start = time.perf_counter()
+        """Return what ref gives, or None where the actor died, failed or took too long, or nothing was sent."""
+        if ref is None:
+            return None
+        behind, start = self._is_behind(), time.perf_counter()
         try:
-            value = ray.get(ref, timeout=timeout_s)
-        except (RayActorError, RayTaskError, GetTimeoutError) as error:
+            value = ray.get(ref, timeout=0 if behind else timeout_s * self._patience)
+        except GetTimeoutError as error:
+            if not behind:
+                self._behind, self._patience = True, self._patience / 10
+                self._degrade(error)
+            return None
+        except (RayActorError, RayTaskError) as error:
             self._degrade(error)
             return None
         finally:
-            self.blocked_s += time.perf_counter() - start
-        if self._degraded:
-            logger.warning("DEPO: the difficulty estimator answers again; prompts are filtered as before.")
+            self.tally["time_blocked"] += time.perf_counter() - start
+        if not behind:
+            self._patience = min(1.0, 2 * self._patience)
+            if self._degraded:
+                logger.warning("DEPO: the difficulty estimator answers again; prompts are filtered as before.")
             self._degraded = False
         return value
+
+    def _is_behind(self) -> bool:
+        self._behind = self._behind and not ray.wait([self._last], timeout=0)[0]
+        return self._behind
 
     def _degrade(self, error):
         if not self._degraded:
@@ -215,48 +246,65 @@ class EstimatorHandle:
             )
         self._degraded = True
 
-    def _send(self, ref):
-        """Let a call run; say what became of the ones before that have ended since."""
-        ended, self._sent = ray.wait([*self._sent, ref], num_returns=len(self._sent) + 1, timeout=0)
+    def _call(self, method: str, *args):
+        """Send a call and return its reference; None, and nothing is sent, while the estimator is behind."""
+        if self._is_behind():
+            return None
+        self._last = getattr(self.actor, method).remote(*args)
+        return self._last
+
+    def _tell(self, method: str, *args) -> bool:
+        """Send a call that no one waits for and return whether it was sent; say if one of those before has failed."""
+        ref = self._call(method, *args)
+        if ref is None:
+            return False
+        ended, self._unheard = ray.wait([*self._unheard, ref], num_returns=len(self._unheard) + 1, timeout=0)
         for one in ended:
             try:
                 ray.get(one)
             except (RayActorError, RayTaskError) as error:
                 self._degrade(error)
+        return True
 
-    def take_blocked_s(self) -> float:
-        """Return the seconds waited since the last call."""
-        blocked, self.blocked_s = self.blocked_s, 0.0
-        return blocked
+    def take_tally(self) -> dict[str, float]:
+        """Return what this process adds to the step's metrics, counted since the last call (see TALLY)."""
+        tally, self.tally = self.tally, dict.fromkeys(TALLY, 0.0)
+        return tally
 
     def score_async(self, prompts: list[str], labels: list[str]) -> PendingScores:
         """Ask for the Scores of these prompts without waiting."""
-        return PendingScores(self, self.actor.score.remote(prompts, labels))
+        return PendingScores(self, self._call("score", prompts, labels))
 
     def record(self, records: list[dict]) -> None:
         """Tell the estimator what was scanned and kept, without waiting."""
-        self._send(self.actor.record.remote(records, self.take_blocked_s()))
+        if self._tell("record", records, self.tally):
+            self.take_tally()
 
     def keep_weights(self, prompts: list[str], labels: list[str]) -> tuple[list[float], list[float]] | None:
         """Return keep probabilities and kept/scanned of these prompts, None where the estimator cannot answer."""
-        return self.wait(self.actor.keep_weights.remote(prompts, labels), self.timeout_s)
+        return self.wait(self._call("keep_weights", prompts, labels), self.timeout_s)
 
     def observe(self, labels: list):
         """Send one step's labels, to be judged and learned, without waiting.
 
-        The returned reference gives the step's metrics, before the learning; if that fails, the next call tells.
+        The returned reference gives the step's metrics, before the learning (if that fails, the next call tells); None
+        where the estimator is behind: these labels are not learned from.
         """
-        metrics = self.actor.observe.remote(labels)
-        self._send(self.actor.learn.remote())
+        metrics = self._call("observe", labels)
+        if metrics is None:
+            self.tally["labels_unsent"] += len(labels)
+        else:
+            self._tell("learn")
         return metrics
 
     def reject(self, label) -> None:
         """Send the label of a group that dynamic filtering threw away, without waiting."""
-        self._send(self.actor.reject.remote(label))
+        if not self._tell("reject", label):
+            self.tally["labels_unsent"] += 1
 
-    def save(self, tag: str, live_tags: set[str]) -> float | None:
-        """Write the checkpoint `tag`; return the seconds it took, None where it failed."""
-        return self.wait(self.actor.save.remote(tag, live_tags), SAVE_TIMEOUT_S)
+    def save(self, tag: str, live_tags: set[str]) -> float | OSError | None:
+        """Write the checkpoint `tag`; return the seconds it took, what the disk says, or None without an answer."""
+        return self.wait(self._call("save", tag, live_tags), SAVE_TIMEOUT_S)
 
 
 def connect(timeout_s: float) -> EstimatorHandle:

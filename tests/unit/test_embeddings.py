@@ -150,10 +150,16 @@ def test_two_processes_append_to_one_folder(tmp_path, encoder):
     assert 1000 <= len(stored) < 2000
 
 
-def test_a_folder_that_cannot_be_written_says_so(tmp_path):
+def test_a_folder_that_cannot_be_written_is_a_warning_and_a_temporary_one_stands_in(tmp_path, encoder, caplog):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        EmbeddingCache(tmp_path / "file", WIDTH)
+    cache = EmbeddingCache(tmp_path / "file", WIDTH)
+    encoder.get(cache, keys(1, 2))
+    encoder.get(cache, keys(2, 1))
+    assert encoder.asked == [1, 2]
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("DEPO: embeddings are kept in a temporary folder: ")
+    assert str(tmp_path / "file") in warning
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_a_million_texts_cost_less_than_100_bytes_of_memory_each(tmp_path):

@@ -7,6 +7,7 @@ import ast
 import inspect
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -229,6 +230,7 @@ class Recorder:
     def __init__(self, metrics=None, weights=None, save_s=0.5):
         self.metrics, self.weights, self.save_s = metrics, weights, save_s
         self.calls = []
+        self.tally = {"time_blocked": 0.25, "labels_unsent": 0.0, "labels_dropped": 0.0}
 
     def observe(self, labels):
         self.calls.append(("observe", labels))
@@ -245,8 +247,9 @@ class Recorder:
         self.calls.append(("wait", ref, timeout_s))
         return self.metrics
 
-    def take_blocked_s(self):
-        return 0.25
+    def take_tally(self):
+        tally, self.tally = self.tally, self.tally | {"labels_unsent": 0.0, "labels_dropped": 0.0}
+        return tally
 
     def save(self, tag, live_tags):
         self.calls.append(("save", tag, live_tags))
@@ -257,15 +260,59 @@ def response(prompt, rewarded):
     return SimpleNamespace(prompts=[prompt], rewards=torch.tensor([0.0]) if rewarded else None)
 
 
-def test_a_response_without_reward_stops_the_run_and_names_the_reward_function():
+REWARDERS = {  # what the launch says and what the error names
+    "function": ({"reward.remote_url": "my/reward.py"}, "--reward.remote_url my/reward.py"),
+    "agent": (
+        {"reward.remote_url": "agent", "train.agent_func_path": "my/agent.py"},  # OpenRLHF sets remote_url so
+        "--train.agent_func_path my/agent.py",
+    ),
+    "model": ({"reward.remote_url": None, "reward.model_name_or_path": "my/rm"}, "--reward.model_name_or_path my/rm"),
+}
+
+
+@pytest.mark.parametrize("rewarder", ["function", "agent"])
+def test_a_response_without_reward_stops_the_run_and_names_the_reward_function(rewarder):
+    flags, named = REWARDERS[rewarder]
     samples = [response("p0", True), response("what is 2+2?", False), response("p2", False)]
     with pytest.raises(RuntimeError) as error:
-        hooks.check_rewards(resolved(**{"reward.remote_url": "my/reward.py"}), samples)
+        hooks.check_rewards(resolved(**flags), samples)
     assert str(error.value) == (
-        "2 of 3 responses have no reward: --reward.remote_url my/reward.py raised or returned none (see 'Failed to "
-        "fetch reward' in the rollout actors' log). First such prompt: 'what is 2+2?'. No gradient was taken from "
-        "this batch."
+        f"2 of 3 responses have no reward: {named} raised or returned none (see 'Failed to fetch reward' in the "
+        "rollout actors' log). First such prompt: 'what is 2+2?'. No gradient was taken from this batch."
     )
+
+
+@pytest.mark.parametrize("rewarder", REWARDERS)
+@pytest.mark.parametrize("reward", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_not_finite_stops_the_run_before_any_gradient_and_names_its_source(rewarder, reward, process):
+    flags, named = REWARDERS[rewarder]
+    process.handle = Recorder()
+    batches = [micro_batch(range(2), [0.0, 1.0]), micro_batch(range(2, 6), [0.0, 1.0, reward, 1.0])]
+    with pytest.raises(RuntimeError) as error:
+        hooks.observe(resolved(**flags), batches, 5)
+    assert str(error.value) == (
+        f"1 of 6 responses have a reward that is NaN or infinite: {named} gave {reward} to the prompt 'p2'. No "
+        "gradient was taken from this batch."
+    )
+    assert process.handle.calls == []  # nothing is learned from it, either
+
+
+def test_a_group_that_dynamic_filtering_threw_away_for_a_nan_reward_stops_the_run(process):
+    process.handle, process.loader = Recorder(), SimpleNamespace(refund=None)
+    group = [micro_batch([i], [reward], scores=[reward]) for i, reward in enumerate((1.0, math.nan))]
+    with pytest.raises(
+        RuntimeError, match=r"^1 of 2 responses .* NaN or infinite: --reward.remote_url reward.py gave"
+    ):
+        hooks.reject(resolved(), group)
+
+
+def test_a_nan_score_beside_a_reward_costs_its_label_alone(process):
+    """Scores are for us, rewards for the policy: its gradient is sound."""
+    process.handle = Recorder()
+    hooks.observe(resolved(), [micro_batch(range(4), [0.0, 1.0, 1.0, 0.0], scores=[0.0, 1.0, math.nan, 0.0])], 5)
+    ((_, labels),) = process.handle.calls
+    assert [label.prompt for label in labels] == ["p0"]
+    assert process.handle.tally["labels_dropped"] == 1
 
 
 def test_rewards_pass_and_a_reward_model_gives_them_later():
@@ -295,7 +342,7 @@ def test_groups_outside_the_range_are_counted_and_warned_of_once(step, rewards, 
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"{dropped} of 2 groups have scores outside --depo.labels.reward_range 0.0 1.0 (or not finite)" in warning
     assert "they are not learned from" in warning
-    assert process.dropped == 3 * dropped
+    assert process.handle.tally["labels_dropped"] == 3 * dropped
     assert [len(labels) for name, labels in process.handle.calls] == [2 - dropped] * 3
 
 
@@ -338,7 +385,7 @@ def test_a_rejected_group_is_sent_and_its_place_given_back(process):
     hooks.reject(resolved(), group)
     assert process.handle.calls == [("reject", Label("p0", "a0", 1.0, None, 2, False))]
     hooks.reject(resolved("--depo.labels.reward_range", "0", "0.5"), group)
-    assert process.dropped == 1
+    assert process.handle.tally["labels_dropped"] == 1
     assert (len(process.handle.calls), refunds) == (1, [1, 1])
 
 
@@ -348,16 +395,29 @@ def test_log_adds_the_metrics_to_the_status_and_to_the_file(process, tmp_path):
     args = resolved(**{"ckpt.output_dir": str(tmp_path / "my model")})
     status = {"policy_loss": 0.125, "generated_samples": ["text", 1.0]}
     hooks.log(args, status, 6)
-    depo = {"depo/kappa": 8.0, "depo/updates": 3.0, "depo/time_blocked": 0.75, "depo/labels_dropped": 4.0}
+    depo = {
+        "depo/kappa": 8.0,
+        "depo/updates": 3.0,
+        "depo/time_blocked": 0.75,
+        "depo/labels_unsent": 0.0,
+        "depo/labels_dropped": 4.0,
+    }
     assert status == {"policy_loss": 0.125, "generated_samples": ["text", 1.0]} | depo
     assert all(type(status[name]) is float for name in depo)
     assert process.handle.calls == [("wait", "sent", 7.0)]
     process.handle.metrics = None  # the estimator did not answer: what is known here is logged all the same
+    process.handle.tally |= {"labels_unsent": 3.0, "labels_dropped": 1.0}
     hooks.log(args, {"policy_loss": 0.25}, 7)
     rows = [json.loads(line) for line in (tmp_path / "my model/depo/metrics.jsonl").read_text().splitlines()]
     assert rows == [
         {"step": 6, "policy_loss": 0.125} | depo,
-        {"step": 7, "policy_loss": 0.25, "depo/time_blocked": 0.25, "depo/labels_dropped": 4.0},
+        {
+            "step": 7,
+            "policy_loss": 0.25,
+            "depo/time_blocked": 0.25,
+            "depo/labels_unsent": 3.0,  # of this step
+            "depo/labels_dropped": 5.0,  # in all
+        },
     ]
 
 
@@ -375,11 +435,18 @@ def test_save_names_the_tags_that_openrlhf_still_has(process, tmp_path):
     ]
 
 
-def test_a_save_that_fails_is_a_warning_that_names_the_tag(process, tmp_path, caplog):
-    process.handle = Recorder(save_s=None)
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (None, "the estimator does not answer"),
+        (OSError(28, "No space left on device"), r"[Errno 28] No space left on device"),
+    ],
+)
+def test_a_save_that_fails_is_a_warning_that_names_the_tag_and_the_reason(answer, reason, process, tmp_path, caplog):
+    process.handle = Recorder(save_s=answer)
     hooks.save(resolved(**{"ckpt.path": str(tmp_path)}), "global_step2")
     assert [record.getMessage() for record in caplog.records] == [
-        "DEPO: the estimator's checkpoint global_step2 could not be written; training goes on."
+        f"DEPO: the estimator's checkpoint global_step2 could not be written ({reason}); training goes on."
     ]
 
 
