@@ -10,7 +10,7 @@ own groups alone. τ is fitted; as a number of samples it is κ.
 A group of k of n at ability θ multiplies a prompt's belief by σ(x + θ)^k · σ(−x − θ)^(n−k), x = w·φ + r, so evidence
 follows the policy as it improves. Handed on is the Beta distribution of the same mean and variance.
 Sources: item-response (Rasch) model; assumed-density filtering (Opper 1998) with the sites of expectation propagation
-(Minka 2001); τ² and the weights' prior by expectation maximisation.
+(Minka 2001); τ² by Fisher scoring, the weights' prior by expectation maximisation.
 
 Suffixes: B = prompts of one call, F = features, V = visits, Q = quadrature nodes, D = candidate shifts of the ability.
 """
@@ -23,8 +23,8 @@ from depo_plugin.config import HistoryConfig
 from depo_plugin.history import VISITS, Evidence, PromptHistory, no_evidence
 
 NODES = np.linspace(-6.0, 6.0, 41)  # of a posterior, in its own standard deviations
-SPREAD_START = 2.5  # τ², worth SPREAD_WEIGHT groups
-SPREAD_WEIGHT = 20.0
+SPREAD_START = 2.5  # τ², worth 20 groups whose own error is 2 (see _fit_spread)
+SPREAD_WEIGHT = 20 / (SPREAD_START + 2.0) ** 2
 SPREAD_RANGE = (1e-6, 25.0)
 SPREAD_KEPT = 0.9997  # per new prompt: τ² follows about the last 3000
 ABILITY_START = 4.0  # variance of the ability before the first group
@@ -251,16 +251,18 @@ class Belief:
         return (found_B / left_B - mean_B / prior_B) / precision_B, precision_B
 
     def _fit_spread(self, mean_B, variance_B, site_mean_B, site_precision_B, new_B):
-        """One step of expectation maximisation of τ²: the mean of r² under the posteriors of new prompts.
+        """One step of Fisher scoring of τ², from the sites of new prompts.
 
-        Met again are those that the filter kept for what it knew of their r: they would make the spread too small.
+        A site's mean has the variance τ² + e around what the text says, e = 1/precision + the text's own variance;
+        τ² ← Σ w·((site − mean)² − e) / Σ w with w = 1/(τ² + e)², faded. Met again are those that the filter kept for
+        what it knew of their r: they would make the spread too small.
         """
-        spread = self.spread
-        gain_B = spread / (spread + 1 / site_precision_B + variance_B)
-        squares_B = (gain_B * (site_mean_B - mean_B)) ** 2 + spread * (1 - gain_B)
+        error_B = (1 / site_precision_B + variance_B)[new_B]
+        weight_B = 1 / (self.spread + error_B) ** 2
+        excess_B = (site_mean_B - mean_B)[new_B] ** 2 - error_B
         fade = SPREAD_KEPT ** new_B.sum()
-        self._spread_sum = fade * self._spread_sum + float(squares_B[new_B].sum())
-        self._spread_weight = fade * self._spread_weight + float(new_B.sum())
+        self._spread_sum = fade * self._spread_sum + float(weight_B @ excess_B)
+        self._spread_weight = fade * self._spread_weight + float(weight_B.sum())
 
     # ── The ability ──
 

@@ -185,13 +185,13 @@ def test_kappa_is_right_by_simulation(spread):
     assert rng.beta(kappa / 2, kappa / 2, 400_000).var() == pytest.approx(simulated, rel=0.01)
 
 
-@pytest.mark.parametrize(("spread", "tolerance"), [(0.4, 0.4), (1.5, 0.25), (4.0, 0.6)])
+@pytest.mark.parametrize(("spread", "tolerance"), [(0.4, 0.1), (1.5, 0.2), (4.0, 0.5)])
 @pytest.mark.parametrize("share", [False, True])
 def test_the_fitted_spread_is_that_of_the_data(spread, tolerance, share):
     """Steps of 32 new prompts in groups of 8; the score logit is that of each prompt's mean pass rate.
 
-    Expectation maximisation is slow where the spread is small, a group saying little of its own r. Measured over 4
-    seeds after 150 steps: 0.73 to 0.76 for 0.4, 1.56 to 1.66 for 1.5, 3.57 to 3.68 for 4; it starts at 2.5.
+    Measured over 3 seeds after 150 steps: 0.36 to 0.42 for 0.4, 1.42 to 1.52 for 1.5, 3.76 to 3.85 for 4; it starts at
+    2.5, and after 50 steps is nearly there.
     """
     rng = np.random.default_rng(1)
     belief, found = believe(share=share, drift=False), []
@@ -203,7 +203,7 @@ def test_the_fitted_spread_is_that_of_the_data(spread, tolerance, share):
         update(belief, list(zip(keys, rng.binomial(8, logistic(x)), [8] * 32, strict=True)), now, s)
         found.append(abs(belief.spread - spread))
     assert found[-1] < tolerance
-    assert found[-1] < found[9] < 2.5
+    assert found[49] < 1.5 * tolerance
     assert belief.kappa == pytest.approx(kappa_of(belief.spread))
 
 
