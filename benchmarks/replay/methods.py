@@ -22,6 +22,7 @@ from depo_plugin.labels import Label
 from depo_plugin.loader import DifficultyFilteredLoader
 
 ENDLESS = 10**9  # episodes
+NARROW = {"filter.low": 0.3, "filter.high": 0.7}  # less coverage, to compare at with methods that cover less
 PAPER_OVERRIDES = {"estimator.model": None}  # the bundled MiniLM in place of distilbert
 
 
@@ -169,6 +170,7 @@ METHODS: dict[str, tuple[Callable[[Setup], Any], ...]] = {
     "random": (_random,),
     "depo_paper": (lambda setup: _estimated(setup, paper_config()),),
     "depo": (lambda setup: _estimated(setup, depo_config(setup.overrides)),),
+    "depo_narrow": (lambda setup: _estimated(setup, depo_config({**setup.overrides, **NARROW})),),
     "text_only": (lambda setup: _estimated(setup, depo_config({"history.kappa": "inf"})),),
     "history_only": (_history_only,),
     "mopps": tuple(lambda setup, decay=decay: bandits.Mopps(setup.policy, setup.seed, decay) for decay in (0.5, 1.0)),

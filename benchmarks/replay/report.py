@@ -20,6 +20,7 @@ COLUMNS = {
 }
 WIDTH = 13
 TOLERANCE = 0.005  # of effective ratio: half a percent behind another method is not behind
+OWN = ("depo", "depo_narrow")
 RIVALS = ("mopps", "dps", "depo_paper", "history_only", "text_only")
 
 
@@ -95,10 +96,25 @@ def _goals_of(rows: list[dict], setting: tuple[str, int]) -> Iterator[tuple[str,
         yield f"margin over mopps {share:.3f} of ideal's (at least 0.80)", share >= 0.80
     for rival in RIVALS:
         if ratio[rival] is not None:
-            covered = [mean(method, "coverage") for method in ("depo", rival)]
-            at = "" if None in covered else f", coverage {covered[0]:.2f} beside {covered[1]:.2f}"
-            text = f"effective ratio {depo:.3f} beside {rival}'s {ratio[rival]:.3f} (not behind){at}"
-            yield text, depo >= ratio[rival] - TOLERANCE
+            covered = mean(rival, "coverage")
+            points = [(mean(name, "coverage"), mean(name, "effective_ratio")) for name in OWN]
+            own, at = _at_coverage([point for point in points if None not in point], covered)
+            where = f" at coverage {at:.2f}, {rival} at {covered:.2f}" if at is not None else ""
+            own = depo if own is None else own
+            text = f"effective ratio {own:.3f} beside {rival}'s {ratio[rival]:.3f} (not behind){where}"
+            yield text, own >= ratio[rival] - TOLERANCE
+
+
+def _at_coverage(points: list[tuple[float, float]], coverage: float | None) -> tuple[float | None, float | None]:
+    """Return depo's effective ratio at a rival's coverage, and the coverage it is at: one buys the other.
+
+    points: (coverage, effective ratio) of depo and of depo_narrow. Between them it is interpolated, outside it is the
+    nearer one's. (None, None) where there is no coverage to compare at.
+    """
+    if coverage is None or not points:
+        return None, None
+    x, y = zip(*sorted(points), strict=True)
+    return float(np.interp(coverage, x, y)), float(np.clip(coverage, x[0], x[-1]))
 
 
 def goals_text(found: list[tuple[str, int, str, bool]]) -> str:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_encoder
 
 from benchmarks.replay import bandits, judge, learners, report, texts, world
 from benchmarks.replay.__main__ import main
@@ -432,6 +433,30 @@ def test_dynamic_pays_for_what_it_rejects():
     assert played.row["coverage"] < 1
 
 
+def test_reward_unfiltered_is_the_streams_true_mean_where_the_filtered_one_is_not(tmp_path):
+    """Most of the pool is too hard: what is kept is solved twice as often as the stream it comes from."""
+    rows = []
+
+    def factory(setup):
+        method = METHODS["depo"][0](setup)
+        observe = method._learner.observe
+        method._learner.observe = lambda labels: rows.append(observe(labels))
+        return method
+
+    pool = make_pool(size=300, steps=80, spread=2.5)
+    hard = pool.logit_N - 2.0
+    pool = world.Pool("hard", pool.prompts, hard, pool.text_N - 2.0, pool.noise, 0.5, pool.steps, pool.batch)
+    overrides = {"estimator.model": tiny_encoder.write(tmp_path / "encoder"), "filter.epsilon": 0.1}
+    true = judge.play(pool, factory, 8, 0, overrides=overrides).series["true"]
+    judged = slice(judge.JUDGED_FROM, None)
+    found, filtered = ([row[name] for row in rows][judged] for name in ("reward_unfiltered", "target_mean"))
+    assert len(found) == 60
+    error = np.std(np.subtract(found, true[judged])) / np.sqrt(len(found))
+    assert error < 0.01
+    assert np.mean(found) == pytest.approx(np.mean(true[judged]), abs=3 * error)
+    assert np.mean(filtered) > np.mean(true[judged]) + 0.1
+
+
 def test_random_keeps_the_given_rate():
     played = judge.play(make_pool(size=2000), METHODS["random"][0], 8, 0, keep_rate=0.5)
     assert played.keep_rate == pytest.approx(0.5, abs=0.05)
@@ -474,6 +499,14 @@ def test_goals_are_judged_in_words():
         "effective ratio 0.750 beside mopps's 0.500": True,
         "effective ratio 0.750 beside dps's 0.900": False,
     }
+    narrow = row("depo_narrow", 0.91, coverage=0.47)
+    beside = [text for *_, text, met in report.goals([*rows, narrow]) if "dps" in text and met]
+    assert beside == ["effective ratio 0.910 beside dps's 0.900 (not behind) at coverage 0.47, dps at 0.10"]
+    middle = [*rows[:3], row("dps", 0.8, 0.67), rows[-1], narrow]  # halfway between 0.87 and 0.47: 0.83
+    assert report.goals(middle)[-1][2:] == (
+        "effective ratio 0.830 beside dps's 0.800 (not behind) at coverage 0.67, dps at 0.67",
+        True,
+    )
     said = report.goals_text(report.goals(rows))
     assert "MISSED  coverage -3.0 points" in said
     assert said.endswith("3 of 8 goals met.")
