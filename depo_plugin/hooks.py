@@ -227,8 +227,8 @@ def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
     """Return the loader that draws only prompts worth a rollout, and the steps the schedule is made for.
 
     prompts_dataloader: OpenRLHF's StatefulDataLoader of one prompt a batch; max_steps: OpenRLHF's; path: the calling
-    file. With budget `steps` an episode makes at least one full batch, also from a pool smaller than that; with budget
-    `data` fewer steps are made, by expected_keep_rate.
+    file. With budget `steps` they are OpenRLHF's, and an episode makes at least one full batch, also from a smaller
+    pool; with budget `data` they are fewer, by expected_keep_rate.
     """
     from depo_plugin.loader import DifficultyFilteredLoader
 
@@ -243,11 +243,9 @@ def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
         seed=args.train.seed,
         num_episodes=args.train.num_episodes,
     )
-    samples = len(_process.loader) * args.rollout.n_samples_per_prompt
-    steps = samples // args.train.batch_size * args.train.num_episodes * args.train.max_epochs
-    if cfg.filter.budget == "data":
-        return _process.loader, max(1, int(steps * cfg.filter.expected_keep_rate))
-    return _process.loader, max(max_steps, steps)
+    samples = _process.loader.expected(args.train.num_episodes) * args.rollout.n_samples_per_prompt
+    steps = max(1, samples // args.train.batch_size) * args.train.max_epochs
+    return _process.loader, steps if cfg.filter.budget == "data" else max(max_steps, steps)
 
 
 def reject(args, experiences) -> None:

@@ -121,6 +121,7 @@ class DifficultyFilteredLoader:
         self._exhausted = False  # StopIteration was raised: the next iter() starts the next episode
 
         self._episode = 0
+        self._before = 0  # prompts given out in earlier episodes
         self._served = 0  # prompts given out in this episode
         self._refunds = 0  # places given back in this episode
         self._cursor = 0  # stream position of the next candidate to decide on
@@ -133,15 +134,31 @@ class DifficultyFilteredLoader:
     # ── The loader's side: what OpenRLHF calls ──
 
     def __len__(self) -> int:
-        """Return the prompts of one episode: as many as are given out (steps), or as are scanned (data)."""
-        if self._cfg.budget == "data":
-            return self._pass_length()
-        return max(1, self._pool // self._batch_size) * self._batch_size
+        """Return where the progress bar ends that OpenRLHF makes for the next or resumed episode.
+
+        That bar starts at len's remainder of all prompts given out: right where each earlier episode gave out as many.
+        Where one did not (replacements, budget data), the bar counts all prompts since the start of the run.
+        """
+        before, served, refunds = self._before, self._served, self._refunds
+        if self._exhausted:
+            before, served, refunds = before + served, 0, 0
+        expected = self.expected(1) + (refunds if self._cfg.budget == "steps" else 0)
+        length = max(expected, served + bool(served))  # beyond what was given out, or its remainder were 0
+        return length if before % length == 0 else before + length
+
+    def expected(self, episodes: int) -> int:
+        """Return how many prompts so many episodes give out; budget data: by expected_keep_rate."""
+        if self._cfg.budget == "steps":
+            return episodes * max(1, self._pool // self._batch_size) * self._batch_size
+        # Their remainders lead the next episode. 1e-6: 0.7 * 10 is just below 7.
+        kept = int(episodes * self._pass_length() * self._cfg.expected_keep_rate + 1e-6)
+        return max(episodes, kept // self._batch_size) * self._batch_size
 
     def __iter__(self):
         if self._exhausted:
             self._exhausted = False
             self._episode += 1
+            self._before += self._served
             self._served = self._refunds = 0
         return self
 
@@ -159,35 +176,42 @@ class DifficultyFilteredLoader:
     def refund(self, count: int) -> None:
         """Give back the places of `count` prompts whose groups dynamic filtering threw away.
 
-        With budget steps the episode gives out as many more, up to one extra pass in all. With budget data an episode
-        is one pass, whatever becomes of its prompts.
+        The episode gives out more, up to one extra pass in all: with budget steps as many, with budget data what the
+        batch still lacks when the pass ends.
         """
         if not self._exhausted:
-            self._refunds = min(self._refunds + count, self._pool)
+            self._refunds = min(self._refunds + count, self._pass_length())
 
     # ── The end of an episode ──
 
     def _spent(self) -> bool:
-        return self._cfg.budget == "steps" and self._served >= len(self) + self._refunds
+        if self._cfg.budget == "steps":
+            return self._served >= self.expected(1) + self._refunds
+        return self._left() < 0  # the next pass was begun to fill a batch; what is queued leads the next episode
+
+    def _owing(self) -> bool:
+        """Return whether a batch of this episode is still to be filled; without replacements, all are whole."""
+        whole = self._served > 0 and (self._served - self._refunds) % self._batch_size == 0
+        return not whole and self._refunds < self._pass_length()
 
     def _finish(self):
-        if not self._exhausted and self._cfg.budget == "steps" and self._refunds == self._pool:
+        if not self._exhausted and self._refunds == self._pass_length():
             logger.warning(
-                "DEPO: episode %d ends: dynamic filtering threw away at least %d groups, as many as the pool has "
-                "prompts, and no more than that are replaced. The last batch may be short. Widen "
-                "--algo.dynamic_filtering_range, or use prompts nearer to what the policy can do.",
+                "DEPO: episode %d ends: dynamic filtering threw away at least %d groups, as many as a pass has, and "
+                "no more than that are replaced. The last batch may be short. Widen --algo.dynamic_filtering_range, "
+                "or use prompts nearer to what the policy can do.",
                 self._episode + 1,
                 self._refunds,
             )
         self._exhausted = True
 
     def _pass_length(self) -> int:
-        """Return the positions of an episode with budget data: one pass, or as many as hold one batch."""
+        """Return the positions of one pass of the pool, or of as many passes as hold one batch."""
         return self._pool * math.ceil(self._batch_size / self._pool)
 
     def _left(self) -> float:
-        """Return how many candidates this episode may still scan."""
-        if self._cfg.budget == "steps":
+        """Return how many candidates this episode may still scan; below 0 where it has begun the next one's pass."""
+        if self._cfg.budget == "steps" or self._owing():
             return math.inf
         return (self._episode + 1) * self._pass_length() - self._cursor
 
@@ -217,7 +241,7 @@ class DifficultyFilteredLoader:
     def _first_count(self) -> int:
         """Return how many candidates to ask about at first: a batch in warm-up, then what a batch should take."""
         rate = 1.0 if self._updates < self._cfg.warmup_steps else self._keep_rate / ASK_MARGIN
-        return min(math.ceil(self._batch_size / rate), self._scan_limit, self._left())
+        return min(math.ceil(self._batch_size / rate), self._scan_limit, max(0, self._left()))
 
     def _items(self, count: int) -> list[Item]:
         positions = range(self._cursor, self._cursor + count)
@@ -257,7 +281,6 @@ class DifficultyFilteredLoader:
         if scanned and self._updates >= self._cfg.warmup_steps:
             rate = RATE_KEPT * self._keep_rate + (1 - RATE_KEPT) * kept / len(scanned)
             self._keep_rate = max(rate, 1 / self._cfg.max_scan)
-        # No scan is longer than a pass, so with budget data the first of an episode always gives a batch.
         forced = not full and len(scanned) >= self._scan_limit  # more, where a resumed run lowers max_scan
         share = keep_share(kept, len(scanned), stopped=full) if kept else 1.0
         if forced:
@@ -337,6 +360,7 @@ class DifficultyFilteredLoader:
                 asked["scores"] = {"a": a, "b": b, "updates": int(scores.updates)}
         return self._identity() | {
             "episode": self._episode,
+            "before": self._before,
             "served": self._served,
             "refunds": self._refunds,
             "cursor": self._cursor,
@@ -375,7 +399,8 @@ class DifficultyFilteredLoader:
                 + ". Resume with the values it was written with, or start anew: leave --ckpt.load_enable out, or give "
                 "another --ckpt.path."
             )
-        self._episode, self._served, self._refunds = state["episode"], state["served"], state["refunds"]
+        self._episode, self._before = state["episode"], state["before"]
+        self._served, self._refunds = state["served"], state["refunds"]
         self._cursor, self._updates, self._keep_rate = state["cursor"], state["updates"], state["keep_rate"]
         self._queue, self._open = deque(state["queue"]), list(state["open"])
         self._exhausted = False

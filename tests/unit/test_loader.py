@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import math
+import time
 import typing
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from depo_plugin import config, hooks
 from depo_plugin.config import DepoConfig, EstimatorConfig, FilterConfig
 from depo_plugin.estimator import DifficultyEstimator
 from depo_plugin.filter import Reason, signal_probability
@@ -419,7 +421,6 @@ def test_an_episode_of_budget_data_is_one_pass_and_its_remainder_leads_the_next(
     loader, estimator = make(25, 4, lambda i, _: (i % 5) / 5 + 0.1, episodes=2, budget="data", epsilon=0.0)
     in_window = [i for i in stream(25, 0, 50) if i % 5 in (1, 2, 3)]
     assert len(in_window) == 30
-    assert len(loader) == 25
     assert episode(loader) == in_window[:12]
     assert sum(len(batch) for batch in estimator.batches) == 25
     assert episode(loader) == in_window[12:28]  # led by the 3 that were left; the last 2 are dropped
@@ -531,6 +532,37 @@ def drawing_code():
     return names["_collect_prompt_batch"], names["SamplesGenerator"]
 
 
+class Bar:
+    """Stands where OpenRLHF makes its progress bar."""
+
+    made: typing.ClassVar[list] = []
+
+    def __init__(self, iterable, desc, initial):
+        self.episode = int(desc.removeprefix("Episode [").partition("/")[0]) - 1
+        self.total, self.initial, self.n = len(iterable), initial, initial
+        self.made.append(self)
+
+    def update(self, n):
+        self.n += n
+
+    def close(self):
+        pass
+
+
+@functools.cache
+def training_loops():
+    """OpenRLHF's loops over episodes and steps: PPOTrainer.fit and GenerateSamplesActor.fit."""
+    loops = []
+    for file, owner in (("ppo_trainer.py", "PPOTrainer"), ("ppo_trainer_async.py", "GenerateSamplesActor")):
+        source = openrlhf_source("trainer", file)
+        (node,) = [n for n in ast.parse(source.read_text()).body if getattr(n, "name", "") == owner]
+        (loop,) = [n for n in node.body if getattr(n, "name", "") == "fit"]
+        names = {"tqdm": Bar, "time": time, "logger": logging.getLogger("openrlhf.test")}
+        exec(compile(ast.Module([loop], []), file, "exec"), names)
+        loops.append(names["fit"])
+    return loops
+
+
 def prompt_dataset(count):
     """OpenRLHF's own PromptDataset over `count` rows."""
     spec = importlib.util.spec_from_file_location("prompts", openrlhf_source("datasets", "prompts_dataset.py"))
@@ -577,19 +609,59 @@ def generator(loader, rollout_batch_size, generate_batch_size=None, accept=None)
     return Generator(SimpleNamespace(args=args), loader, None, None, [])
 
 
-def fit(loader, generator, episodes, start_episode=0, after_step=lambda episode, samples: None):
-    """Both trainers' loop over episodes and steps; returns each episode's batches of prompt numbers."""
-    trained = []
-    for episode_no in range(start_episode, episodes):
-        trained.append([])
-        while True:
-            samples, _, _, exhausted = generator.generate_samples()
-            if samples:
-                trained[-1].append([int(prompt.split()[1]) for prompt in samples])
-                after_step(episode_no, samples)
-            if exhausted:
-                break
-    return trained
+class Run(typing.NamedTuple):
+    """What a training loop did: batches of prompt numbers by episode, what it saved after each step, its bars."""
+
+    trained: list
+    saved: list
+    bars: list
+
+
+FRESH = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0, "data_loader_state_dict": {}}
+
+
+def fit(loader, generator, episodes, start=FRESH, after_step=lambda: None, asynchronous=False):
+    """Let OpenRLHF's own loop train so many episodes, from what it saved (start); rollouts are trained as they come.
+
+    asynchronous: the loop of the process that makes the rollouts.
+    """
+    run = Run([[] for _ in range(episodes)], [], [])
+
+    def step(samples, states):
+        run.trained[states["episode"]].append([int(prompt.split()[1]) for prompt in samples])
+        run.saved.append(json.loads(json.dumps(states | {"global_step": len(run.saved) + start["global_step"] + 1})))
+        after_step()
+
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(
+            train=SimpleNamespace(num_episodes=episodes),
+            eval=SimpleNamespace(steps=math.inf),
+            algo=SimpleNamespace(dynamic_filtering_enable=False),
+        ),
+        prompts_dataloader=loader,
+        samples_generator=generator,
+        generate_kwargs={},
+        wandb_logger=None,
+        tensorboard_logger=None,
+    )
+    Bar.made = run.bars
+    if asynchronous:
+        if start["global_step"]:
+            loader.load_state_dict(start["data_loader_state_dict"])
+        trainer._should_eval = lambda step: False
+        trainer._partial_rollout = True  # no lock around the rollouts
+        trainer.rollout_slots = SimpleNamespace(get=lambda block: 0, put=lambda step, block: None)
+        trainer.rollout_queue = SimpleNamespace(put=lambda row, block: row == "done" or step(*row[:2]))
+        training_loops()[1](trainer, start["episode"], start["total_consumed_prompts"])
+    else:
+        held = []
+        trainer.init_checkpoint_states = lambda: start
+        trainer.restore_best_checkpoint_state = lambda states: None
+        trainer.broadcast_to_vllm = lambda: None
+        trainer.train_step = lambda samples, step: (held.append(samples) or {}, step + 1)
+        trainer.save_logs_and_checkpoints = lambda number, status, states: step(held.pop(), states)
+        training_loops()[0](trainer)
+    return run
 
 
 @pytest.mark.wheel
@@ -599,10 +671,10 @@ def test_openrlhf_draws_full_batches_until_the_episode_ends(count, batch_size):
     inner = StatefulDataLoader(dataset, batch_size=1, shuffle=True, collate_fn=dataset.collate_fn, drop_last=True)
     loader, estimator = make(count, batch_size, inner=inner, episodes=2)
 
-    def learn(*_):
+    def learn():
         estimator.updates += 1
 
-    trained = fit(loader, generator(loader, batch_size), 2, after_step=learn)
+    trained = fit(loader, generator(loader, batch_size), 2, after_step=learn).trained
     steps = max(1, count // batch_size)
     assert [[len(batch) for batch in batches] for batches in trained] == [[batch_size] * steps] * 2
     kept = numbers([record for record in estimator.records if record["keep"]], count)
@@ -616,7 +688,7 @@ def test_openrlhf_draws_full_batches_until_the_episode_ends(count, batch_size):
 def test_openrlhf_replaces_rejected_groups_and_keeps_every_batch_full():
     """A third of the groups are thrown away; each is replaced, so two episodes still make 2 × 4 full batches."""
     loader, estimator = make(43, 10, episodes=2, **ACCEPT_ALL)
-    trained = fit(loader, generator(loader, 10, accept=lambda i: i % 3 > 0), 2)
+    trained = fit(loader, generator(loader, 10, accept=lambda i: i % 3 > 0), 2).trained
     assert [[len(batch) for batch in batches] for batches in trained] == [[10] * 4] * 2
     kept = [i for i in numbers(estimator.records, 43) if i % 3]
     assert flat(flat(trained)) == kept[:80]
@@ -626,7 +698,7 @@ def test_openrlhf_replaces_rejected_groups_and_keeps_every_batch_full():
 def test_openrlhf_ends_when_dynamic_filtering_takes_nothing(caplog):
     loader, estimator = make(20, 5, episodes=2, **ACCEPT_ALL)
     with caplog.at_level(logging.WARNING):
-        assert fit(loader, generator(loader, 5, accept=lambda i: False), 2) == [[], []]
+        assert fit(loader, generator(loader, 5, accept=lambda i: False), 2).trained == [[], []]
     assert sum("at least 20 groups" in message for message in caplog.messages) == 2
     assert len(estimator.records) == 2 * 40  # the episode's own prompts and one pass more
 
@@ -635,9 +707,127 @@ def test_openrlhf_ends_when_dynamic_filtering_takes_nothing(caplog):
 def test_openrlhf_draws_larger_batches_than_it_trains():
     """vLLM oversampling: 8 prompts are generated at a time, 4 are trained."""
     loader, _ = make(21, 8, episodes=2, **ACCEPT_ALL)
-    trained = fit(loader, generator(loader, 4, generate_batch_size=8), 2)
+    trained = fit(loader, generator(loader, 4, generate_batch_size=8), 2, asynchronous=True).trained
     assert [[len(batch) for batch in batches] for batches in trained] == [[4] * 4] * 2
     assert flat(flat(trained)) == stream(21, 0, 32)
+
+
+def third(i):
+    """Dynamic filtering throws a third of the groups away."""
+    return i % 3 > 0
+
+
+def fifth(i, updates=0):
+    """Pass rates 0.1, 0.3, ... by prompt number: the window takes three in five."""
+    return i % 5 / 5 + 0.1
+
+
+@pytest.mark.wheel
+@pytest.mark.parametrize("count", [22, 43, 3])
+def test_with_budget_data_replacements_fill_the_last_batch_of_a_pass_from_the_next_one(count):
+    """No batch is short, each pass is scanned once, and what was begun early of the next one leads it."""
+    loader, estimator = make(count, 10, fifth, episodes=3, budget="data", epsilon=0.0)
+    run = fit(loader, generator(loader, 10, accept=third), 3)
+    assert [len(batches) > 0 for batches in run.trained] == [True] * 3
+    assert {len(batch) for batch in flat(run.trained)} == {10}
+    scanned = numbers(estimator.records, count)
+    assert scanned == stream(count, 0, len(scanned))
+    at_least = 3 * count * math.ceil(10 / count)
+    assert at_least <= len(scanned) <= 2 * at_least
+    kept = [i for i in numbers([r for r in estimator.records if r["keep"]], count) if third(i)]
+    assert flat(flat(run.trained)) == kept[: len(flat(flat(run.trained)))]
+
+
+@pytest.mark.wheel
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("accept", [None, third])
+@pytest.mark.parametrize("cfg", [{}, {"budget": "data"}, {"budget": "data", "expected_keep_rate": 0.6}])
+@pytest.mark.parametrize("count", [43, 45, 4])
+def test_openrlhfs_bar_episode_and_total_are_true_also_after_every_resume(count, cfg, accept, asynchronous):
+    """The total is what was given out. A bar shows it from the start of its episode or, where the episodes before were
+    of other lengths than it expects, from the start of the run; it ends where this episode is expected to end.
+    """
+    given = []  # prompts given out, counted where they leave
+    inner = inner_loader(count)
+    counted = SimpleNamespace(
+        dataset=inner.dataset, collate_fn=lambda rows: given.extend(rows) or inner.collate_fn(rows)
+    )
+    options = {"episodes": 3, "epsilon": 0.0, **cfg}
+    loader, _ = make(count, 5, fifth, inner=counted, **options)
+    at = []
+    run = fit(
+        loader,
+        generator(loader, 5, accept=accept),
+        3,
+        after_step=lambda: at.append(len(given)),
+        asynchronous=asynchronous,
+    )
+    assert [state["total_consumed_prompts"] for state in run.saved] == at
+    assert [bar.episode for bar in run.bars] == [0, 1, 2]
+    begins = [0, *(max(n for n, s in zip(at, run.saved, strict=True) if s["episode"] == e) for e in (0, 1, 2))]
+    length = max(1, count // 5) * 5
+    if cfg:
+        scanned = count * math.ceil(5 / count)
+        length = max(5, int(scanned * cfg.get("expected_keep_rate", 1.0) + 1e-6) // 5 * 5)
+    for bar in run.bars:
+        zero = begins[bar.episode] - bar.initial
+        assert zero in (0, begins[bar.episode])
+        assert bar.total + zero == begins[bar.episode] + length
+        assert bar.n + zero == begins[bar.episode + 1]
+        if not cfg and accept is None:
+            assert (bar.initial, bar.n) == (0, bar.total)
+    for state in run.saved:
+        again, _ = make(count, 5, fifth, **options)
+        rest = fit(again, generator(again, 5, accept=accept), 3, start=state, asynchronous=asynchronous)
+        assert rest.saved == run.saved[state["global_step"] :]
+        begin, total = begins[state["episode"]], state["total_consumed_prompts"]
+        refunds = state["data_loader_state_dict"]["refunds"] if not cfg else 0
+        bar = rest.bars[0]
+        assert bar.episode == state["episode"]
+        zero = total - bar.initial
+        assert zero in (0, begin)
+        assert bar.total + zero == begin + max(length + refunds, total - begin + 1)
+        assert bar.n + zero == begins[state["episode"] + 1]
+
+
+def wrapped(count, batch_size, monkeypatch, train_batch=40, max_epochs=1, max_steps=0, **cfg):
+    """What hooks.wrap_loader gives a launch of three episodes, groups of 8, without telling the estimator of it."""
+    monkeypatch.setattr(hooks, "attach", lambda *args: None)
+    monkeypatch.setattr(hooks, "_process", SimpleNamespace(handle=Estimator(fifth), loader=None))
+    settings = config.to_namespace(DepoConfig(filter=FilterConfig(**(FILTER | {"epsilon": 0.0} | cfg))))
+    args = SimpleNamespace(
+        depo=settings,
+        rollout=SimpleNamespace(vllm_generate_batch_size=batch_size, n_samples_per_prompt=8),
+        train=SimpleNamespace(batch_size=train_batch, num_episodes=3, max_epochs=max_epochs, seed=0),
+    )
+    return hooks.wrap_loader(args, inner_loader(count), max_steps, "ppo_trainer.py")
+
+
+@pytest.mark.wheel
+@pytest.mark.parametrize("count", [20, 23, 60, 3, 200])
+@pytest.mark.parametrize("cfg", [{}, {"budget": "data", "expected_keep_rate": 0.6}])
+def test_the_schedule_is_made_for_the_steps_that_are_made(count, cfg, monkeypatch):
+    """One optimizer step a batch. OpenRLHF plans count · 8 // 40 · 3 steps; budget data makes 0.6 of that, for the
+    window takes three in five, and a pool of 3 gives one batch an episode.
+    """
+    loader, steps = wrapped(count, 5, monkeypatch, max_steps=count * 8 // 40 * 3, **cfg)
+    run = fit(loader, generator(loader, 5), 3)
+    assert steps == len(flat(run.trained)) == max(3, int(count * 3 * 0.6) // 5 if cfg else count // 5 * 3)
+
+
+@pytest.mark.parametrize(
+    ("train_batch", "max_epochs", "max_steps", "expected"),
+    [
+        (20, 1, 0, 24),  # 3 · 20 prompts · 8 responses = 480
+        (40, 2, 0, 24),
+        (40, 1, 13, 13),  # OpenRLHF counts the remainder of the pool, too
+        (300, 1, 0, 1),  # 480 // 300; OpenRLHF: 160 // 300 · 3 = 0
+        (999, 1, 0, 1),
+    ],
+)
+def test_optimizer_steps_of_any_training_batch(train_batch, max_epochs, max_steps, expected, monkeypatch):
+    _, steps = wrapped(23, 5, monkeypatch, train_batch, max_epochs, max_steps)
+    assert steps == expected
 
 
 # ── State ──
@@ -818,24 +1008,18 @@ def test_openrlhf_resumes_at_every_step_without_repeating_or_skipping(accept, bu
     """Three episodes are saved after each step as the trainers do; a run from any of them trains the same rest.
 
     A state saved at the end of an episode belongs to that episode, in which no prompt is left. The third case uses up
-    the replacements, so that the episode ends in the step that is saved; with budget data its open batch is saved.
+    the replacements, so that the episode ends in the step that is saved.
     """
     options = {"episodes": 3, "seed": 1, "budget": budget, **ACCEPT_ALL}
-    saved = []
-    loader, estimator = make(22, 5, **options)
-    trained = fit(
-        loader,
-        generator(loader, 5, accept=accept),
-        3,
-        after_step=lambda episode_no, samples: saved.append((episode_no, loader.state_dict())),
-    )
-    batches = flat(trained)
-    assert len(batches) == len(saved) >= 3
-    assert any(state["open"] for _, state in saved) == (budget == "data" and accept is not None)
-    for step, (episode_no, state) in enumerate(saved, start=1):
-        again, _ = resumed(loader, estimator, state, 22, 5, **options)
-        rest = fit(again, generator(again, 5, accept=accept), 3, start_episode=episode_no)
-        assert flat(rest) == batches[step:]
+    loader, _ = make(22, 5, **options)
+    whole = fit(loader, generator(loader, 5, accept=accept), 3)
+    batches = flat(whole.trained)
+    assert len(batches) == len(whole.saved) >= 3
+    for step, state in enumerate(whole.saved, start=1):
+        again, _ = make(22, 5, **options)
+        rest = fit(again, generator(again, 5, accept=accept), 3, start=state)
+        assert flat(rest.trained) == batches[step:]
+        assert rest.saved == whole.saved[step:]
 
 
 def test_the_state_is_small_and_plain():
@@ -850,8 +1034,8 @@ def test_the_state_is_small_and_plain():
     assert {type(value) for value in state.values()} == {int, float, str, list, dict}
 
 
-LOADER_STATE = {"pool", "batch_size", "seed", "budget", "episode", "served", "refunds", "cursor", "queue", "open"}
-LOADER_STATE |= {"asked", "updates", "keep_rate"}
+LOADER_STATE = {"pool", "batch_size", "seed", "budget", "episode", "before", "served", "refunds", "cursor", "queue"}
+LOADER_STATE |= {"open", "asked", "updates", "keep_rate"}
 
 
 def test_a_state_has_exactly_its_fields():
