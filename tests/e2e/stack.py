@@ -1,9 +1,14 @@
 """Launches of the real stack (Ray, DeepSpeed, vLLM, OpenRLHF) with the quickstart's tiny model."""
 
+import contextlib
 import json
+import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "scripts" / "quickstart"
@@ -18,7 +23,7 @@ BATCH, GROUP, STEPS, WARMUP, SEED, POOL, EVAL = 32, 8, 20, 4, 7, 320, 64
 
 @dataclass
 class Launch:
-    """A finished launch: its folder, exit status, whole output and steps."""
+    """A launch that has ended: its folder, exit status (negative: the signal), whole output and steps."""
 
     out: Path
     status: int
@@ -51,8 +56,11 @@ def base_flags(out: Path, *extra: str, method: str = "depo") -> list[str]:
     return [*flags, "--eval.steps", "8", "--rollout.batch_size", str(BATCH), *extra]
 
 
-def launch(out: Path, flags: list[str], head_env=None, num_gpus: int = 2, **driver_env) -> Launch:
-    """Run one launch on a Ray head that counts num_gpus GPUs; driver_env overrides the driver's environment."""
+def launch(out: Path, flags: list[str], head_env=None, num_gpus: int = 2, kill_when=None, **driver_env) -> Launch:
+    """Run one launch on a Ray head that counts num_gpus GPUs; driver_env overrides the driver's environment.
+
+    kill_when: asked at each line of output; once it says yes, every process of the run ends by SIGKILL.
+    """
     env = cpu_ray.stack_env(DEPO_REWARD_LOG=str(out / "rollouts.jsonl"), **(head_env or {}))
     steps = quickstart.StepLog(out, STEPS, GROUP)
     lines = []
@@ -61,9 +69,29 @@ def launch(out: Path, flags: list[str], head_env=None, num_gpus: int = 2, **driv
         for line in process.stdout:
             lines.append(line)
             steps.feed(line)
+            if kill_when and kill_when(line):
+                kill(env)
+                kill_when = None
         status = process.wait()
     steps.close()
     return Launch(out, status, "".join(lines), summary.read_rows(out / "steps.jsonl"))
+
+
+def kill(env: dict[str, str]) -> None:
+    """End every process of the run by SIGKILL, driver and Ray's included; env: as cpu_ray.ray_head gives it."""
+    mark, sessions, pids = env[cpu_ray.MARK], {-1}, True
+    while pids:  # also those that were starting meanwhile
+        pids = {pid for session in sessions for pid in cpu_ray.own_processes(mark, session)}
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                sessions.add(os.getsid(pid))
+                os.kill(pid, signal.SIGKILL)
+
+
+def client_states(out: Path, tag: str) -> dict:
+    """Return what OpenRLHF saved of its loop in the checkpoint `tag`: episode, steps, prompts and loader state."""
+    path = out / "checkpoints" / "_actor" / tag / "mp_rank_00_model_states.pt"
+    return torch.load(path, weights_only=False)  # written by a launch of these tests
 
 
 def problems(path: Path) -> list[str]:
