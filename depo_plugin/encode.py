@@ -19,17 +19,20 @@ KEPT_BYTES = 6 << 30  # of activations that one call keeps for the backward pass
 UNIT_BYTES = 68  # of activations per token, layer and unit of width (measured with MiniLM, in both precisions)
 GAIN = 1.25  # how much faster bf16 must be, or the noise of a busy machine would decide
 PROBE_SECONDS, PROBE_RUNS = 0.7, 3
+READ_CHARS = 64  # characters of a prompt's end that are tokenized, per token of max_length: far more than a token has
 PROBE_PROMPTS, PROBE_TOKENS = {"cpu": 1, "cuda": 64}, 128  # enough to keep the device busy
 
 
 def tokenize(tokenizer, prompts: list[str], max_length: int) -> list[list[int]]:
     """Return each prompt's token ids, at most max_length of them with the special tokens, keeping its END.
 
-    A long system prompt stands at the start, the problem at the end. Never an empty list: where a tokenizer adds no
-    special tokens, an empty prompt becomes one padding token.
+    A long system prompt stands at the start, the problem at the end. What lies further from the end than READ_CHARS
+    for each token is not even tokenized: 10 MB would take a minute and gigabytes. Never an empty list: where a
+    tokenizer adds no special tokens, an empty prompt becomes one padding token.
     """
     tokenizer.truncation_side = "left"
-    prompts = [prompt.encode(errors="replace").decode() for prompt in prompts]  # tokenizers refuse lone surrogates
+    ends = [prompt[-READ_CHARS * max_length :] for prompt in prompts]
+    prompts = [end.encode(errors="replace").decode() for end in ends]  # tokenizers refuse lone surrogates
     ids = tokenizer(prompts, truncation=True, max_length=max_length)["input_ids"] if prompts else []
     return [one or [tokenizer.pad_token_id] for one in ids]
 

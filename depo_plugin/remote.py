@@ -25,6 +25,7 @@ logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and
 
 PLACEMENT_TIMEOUT_S = 120
 SAVE_TIMEOUT_S = 600
+SOUND = 3  # answers in a row that end a fault: an estimator that gives every second one has it still
 TALLY = {  # what each process adds to the step's metrics
     "time_blocked": "seconds that training waited for the estimator",
     "labels_unsent": "groups since the last step that were not learned from, because the estimator was behind",
@@ -194,17 +195,18 @@ class PendingScores:
 class EstimatorHandle:
     """The estimator as other processes see it; faults of the actor become None and one warning.
 
-    Where it is slow for good, all waits together take little more than one timeout: each one in vain leaves a tenth
-    of the patience, each answer in time doubles it again.
+    Until it is sound again, each wait in vain leaves a tenth of the patience for the next: all together take little
+    more than one timeout, however long the estimator is slow.
     """
 
     def __init__(self, actor, timeout_s: float):
         self.actor = actor
         self.timeout_s = timeout_s
         self.tally = dict.fromkeys(TALLY, 0.0)
-        self._patience = 1.0  # the share of a timeout that is waited
-        self._behind = False  # a wait was in vain, and the call sent last is not yet answered
-        self._degraded = False  # the warning was given
+        self._faulty = False  # the warning was given
+        self._answers = 0  # in a row
+        self._vain = 0  # waits in vain since the estimator was last sound
+        self._behind = False  # after one, until the call sent last is answered
         self._last = None  # the call sent last: this process's calls run in order, so all others are answered before
         self._unheard = []  # calls that no one waits for
 
@@ -214,37 +216,38 @@ class EstimatorHandle:
             return None
         behind, start = self._is_behind(), time.perf_counter()
         try:
-            value = ray.get(ref, timeout=0 if behind else timeout_s * self._patience)
+            value = ray.get(ref, timeout=0 if behind else timeout_s * 0.1**self._vain)
         except GetTimeoutError as error:
             if not behind:
-                self._behind, self._patience = True, self._patience / 10
-                self._degrade(error)
+                self._behind, self._vain = True, self._vain + 1
+                self._fault(error)
             return None
         except (RayActorError, RayTaskError) as error:
-            self._degrade(error)
+            self._fault(error)
             return None
         finally:
             self.tally["time_blocked"] += time.perf_counter() - start
-        if not behind:
-            self._patience = min(1.0, 2 * self._patience)
-            if self._degraded:
+        self._answers += 1
+        if self._answers >= SOUND:
+            self._vain = 0
+            if self._faulty:
                 logger.warning("DEPO: the difficulty estimator answers again; prompts are filtered as before.")
-            self._degraded = False
+            self._faulty = False
         return value
 
     def _is_behind(self) -> bool:
         self._behind = self._behind and not ray.wait([self._last], timeout=0)[0]
         return self._behind
 
-    def _degrade(self, error):
-        if not self._degraded:
+    def _fault(self, error):
+        if not self._faulty:
             logger.warning(
-                "DEPO: the difficulty estimator did not answer (%s: %s). Training goes on without filtering until it "
-                "does. If it is only slow, raise --depo.estimator.timeout_s or num_cpus.",
+                "DEPO: the difficulty estimator did not answer (%s: %s). Training goes on, without filtering where it "
+                "gives no scores. If it is only slow, raise --depo.estimator.timeout_s or num_cpus.",
                 type(error).__name__,
                 str(error).strip().splitlines()[-1] if str(error).strip() else "",
             )
-        self._degraded = True
+        self._faulty, self._answers = True, 0
 
     def _call(self, method: str, *args):
         """Send a call and return its reference; None, and nothing is sent, while the estimator is behind."""
@@ -263,7 +266,7 @@ class EstimatorHandle:
             try:
                 ray.get(one)
             except (RayActorError, RayTaskError) as error:
-                self._degrade(error)
+                self._fault(error)
         return True
 
     def take_tally(self) -> dict[str, float]:

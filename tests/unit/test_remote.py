@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 GROUP = 4
 PROMPTS = [f"{i}+{i * 7}=" for i in range(6)]
 ANSWERS = [str(i * 8) for i in range(6)]
-DEADLINE_S = 60  # how long anything may take on a busy machine; what is waited for takes seconds
+DEADLINE_S = 120  # how long anything may take on a busy machine; what is waited for takes seconds
 
 
 def arguments(encoder, root, **settings):
@@ -72,13 +72,14 @@ def warnings_of(caplog):
 
 
 def answer_again(handle):
-    """Ask until the estimator answers; return the Scores and how often it did not."""
-    deadline, unanswered = time.monotonic() + DEADLINE_S, 0
-    while (scores := score(handle)) is None:
-        unanswered += 1
+    """Ask until the estimator has answered three times in a row; return the first Scores."""
+    deadline, answers = time.monotonic() + DEADLINE_S, []
+    while len(answers) < remote.SOUND:
+        scores = score(handle)
+        answers = [] if scores is None else [*answers, scores]
         assert time.monotonic() < deadline, "the estimator did not come back"
-        time.sleep(0.2)
-    return scores, unanswered
+        time.sleep(0 if answers else 0.2)
+    return answers[0]
 
 
 def test_scores_come_back_as_one_of_the_jobs_processes_asks_for_them(handle, caplog):
@@ -185,11 +186,11 @@ def test_a_slow_estimator_gives_no_scores_one_warning_and_answers_again(actor, c
     assert handle.keep_weights(PROMPTS, ANSWERS) is None
     (warning,) = warnings_of(caplog)
     assert warning.startswith("DEPO: the difficulty estimator did not answer (GetTimeoutError")
-    assert "Training goes on without filtering" in warning
+    assert "Training goes on, without filtering where it gives no scores" in warning
     assert "raise --depo.estimator.timeout_s" in warning
     ray.get(busy, timeout=DEADLINE_S)
     handle.timeout_s = DEADLINE_S
-    assert answer_again(handle)[0].updates == before
+    assert answer_again(handle).updates == before
     assert warnings_of(caplog)[1:] == ["DEPO: the difficulty estimator answers again; prompts are filtered as before."]
 
 
@@ -217,11 +218,10 @@ def test_a_dead_estimator_comes_back_with_its_newest_checkpoint(how, actor, hand
     else:
         ray.kill(actor, no_restart=False)
     assert score(handle) is None
-    scores, unanswered = answer_again(handle)
-    assert same(scores, saved)
+    assert same(answer_again(handle), saved)
     assert pid_of(actor) != pid
     told = warnings_of(caplog)
-    assert len(told) == 2, (told, unanswered)
+    assert len(told) == 2, told
     assert "did not answer (Actor" in told[0]
     assert "answers again" in told[1]
     assert learn(handle, label(3, 0.5))["updates"] == saved.updates
