@@ -1,0 +1,302 @@
+"""Does training survive its estimator? `python -m benchmarks.soak [--steps 200] [--kill-every 20] [--json FILE]`
+
+The real stack (Ray, DeepSpeed, vLLM, OpenRLHF) in async mode with the quickstart's tiny model and a checkpoint every
+ten steps. In every `--kill-every` steps the estimator's process gets a SIGKILL at a random moment. Afterwards every
+batch is accounted for: the prompts that vLLM was asked for (the reward log), what was trained (OpenRLHF's step log),
+and the loader's position (OpenRLHF's checkpoints) must tell one story, in which nothing is lost or done twice. Exits
+with 1 where they do not. Logs and checkpoints stay in runs/soak.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+
+from depo_plugin import checkpoint, config
+from depo_plugin.loader import Stream
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts" / "quickstart"))
+
+import cpu_ray  # noqa: E402
+import run as quickstart  # noqa: E402
+import summary  # noqa: E402
+
+SEED = 42
+SAVE_STEPS = 10
+ACTOR = "ray::EstimatorActor"  # the title that Ray gives its process; a method's name follows while it runs
+NEAR = 5  # steps before a kill, and after the filter is back, whose effective ratios are set side by side
+
+
+# ── Every prompt has its place on the stream ──
+
+
+class PromptStream:
+    """The prompts in the loader's order: the pool in a new permutation each pass, without end."""
+
+    def __init__(self, pool: list[str], seed: int):
+        self._pool, self._seed, self._passes = pool, seed, {}
+
+    def __getitem__(self, position: int) -> str:
+        number, place = divmod(position, len(self._pool))
+        if number not in self._passes:
+            rng = np.random.default_rng([self._seed, Stream.ORDER, number])
+            self._passes[number] = rng.permutation(len(self._pool))
+        return self._pool[self._passes[number][place]]
+
+
+def batches_of(prompts: list[str], batch_size: int, group_size: int) -> list[Counter]:
+    """Cut a reward log's prompts into batches of whole groups: prompt -> how many groups of it.
+
+    A batch is generated to its end before the next one begins, so its responses lie together in the log. ValueError
+    where a prompt was not asked for in whole groups, or the last batch is not full.
+    """
+    batches, size = [], batch_size * group_size
+    for start in range(0, len(prompts), size):
+        counts = Counter(prompts[start : start + size])
+        if odd := [prompt for prompt, count in counts.items() if count % group_size]:
+            raise ValueError(f"batch {len(batches) + 1}: {odd[0]!r} has {counts[odd[0]]} responses")
+        batches.append(Counter({prompt: count // group_size for prompt, count in counts.items()}))
+    if batches and batches[-1].total() != batch_size:
+        raise ValueError(f"batch {len(batches)} has {batches[-1].total()} groups, not {batch_size}")
+    return batches
+
+
+def places(stream: PromptStream, batches: list[Counter], most: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield each batch's first and last + 1 position on the stream, from `start` on.
+
+    Every prompt is given a position of its own behind all those of the batches before. ValueError where that is
+    impossible within `most` candidates a batch: it was drawn twice, or something else was drawn.
+    """
+    for number, batch in enumerate(batches, start=1):
+        wanted, position = Counter(batch), start
+        while wanted.total():
+            if position == start + most:
+                raise ValueError(f"batch {number}: {+wanted} not among the {most} candidates from {start} on")
+            wanted.subtract([stream[position]] if wanted[stream[position]] else [])
+            position += 1
+        yield start, position
+        start = position
+
+
+# ── The run ──
+
+
+@dataclass
+class Kill:
+    """One death of the estimator. step: the last one that was trained; doing: what its process was at."""
+
+    step: int
+    doing: str
+
+
+@dataclass
+class Killer:
+    """Ends the estimator's process at a random moment in every `every` steps."""
+
+    mark: str
+    steps: int
+    every: int
+    kills: list[Kill] = field(default_factory=list)
+
+    def __post_init__(self):
+        rng = np.random.default_rng(SEED)
+        blocks = range(0, self.steps - self.every + 1, self.every)
+        # Not after a block's last step: after the run's last one there is nothing left to survive.
+        self._due = {int(start + rng.integers(1, self.every)): float(rng.uniform()) for start in blocks}
+        self.planned = len(self._due)
+        self._timers = []
+
+    def after(self, step: int, seconds: float):
+        """Take note of a step that took so long; where one is due, kill within as long from now."""
+        if (share := self._due.pop(step, None)) is not None:
+            self._timers.append(threading.Timer(share * seconds, self._kill, [step]))
+            self._timers[-1].start()
+
+    def _kill(self, step: int):
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:  # it may just be coming back
+            for pid, method in estimators(self.mark):
+                os.kill(pid, signal.SIGKILL)
+                self.kills.append(Kill(step, method or "waiting"))
+                return
+            time.sleep(0.1)
+
+    def wait(self):
+        """Wait for kills that are under way."""
+        for timer in self._timers:
+            timer.join()
+
+
+def run_processes(mark: str) -> list[int]:
+    """Return the ids of all the run's processes.
+
+    One that gives itself a title may overwrite the mark in its environment, so what shares a session with a marked
+    process counts, too.
+    """
+    sessions = set()
+    for pid in cpu_ray.own_processes(mark, -1):
+        with contextlib.suppress(OSError):
+            sessions.add(os.getsid(pid))
+    return sorted({pid for session in sessions for pid in cpu_ray.own_processes(mark, session)})
+
+
+def estimators(mark: str) -> list[tuple[int, str]]:
+    """Return the id of the process of the run's estimator and the method it is in, "" where it waits."""
+    found = []
+    for pid in run_processes(mark):
+        with contextlib.suppress(OSError):
+            title = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="replace")
+            if title.startswith(ACTOR):
+                found.append((pid, title.removeprefix(ACTOR).strip(".")))
+    return found
+
+
+def launch(out: Path, steps: int, every: int) -> tuple[int, Killer]:
+    """Run the launch, killing as it goes; return its exit status and the killer."""
+    args = quickstart.parse_args(["--steps", str(steps), "--seed", str(SEED), "--out", str(out)])
+    preset = quickstart.PRESETS["tiny"]
+    episodes = max(1, round(steps / quickstart.STEPS_PER_EPISODE))
+    episodes = episodes if steps % episodes == 0 else 1
+    data = quickstart.prepare_data(args, preset.batch_size * steps // episodes)
+    flags = quickstart.launch_flags(args, preset, quickstart.prepare_model("tiny"), data, episodes)
+    flags += ["--train.async_enable", "--eval.steps", "-1", "--ckpt.save_steps", str(SAVE_STEPS)]
+    env = cpu_ray.stack_env(DEPO_REWARD_LOG=str(out / "rollouts.jsonl"), RAY_DEDUP_LOGS="0")
+    log = quickstart.StepLog(out, steps, preset.group_size)
+    with cpu_ray.ray_head(env) as env:
+        killer = Killer(env[cpu_ray.MARK], steps, every)
+        process = cpu_ray.start_training(flags, env, cwd=out)
+        last = time.monotonic()
+        for line in process.stdout:
+            log.feed(line)
+            if match := quickstart.STEP.search(line):
+                now = time.monotonic()
+                killer.after(int(match[1]), now - last)
+                last = now
+        status = process.wait()
+        killer.wait()
+    log.close()
+    return status, killer
+
+
+# ── The account ──
+
+
+def loader_states(root: Path) -> dict[int, dict]:
+    """Return step -> the loader's state in OpenRLHF's checkpoints under root."""
+    found = {}
+    for folder in root.glob("global_step*"):
+        saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)  # written by this run
+        found[saved["global_step"]] = saved["data_loader_state_dict"]
+    return found
+
+
+def account(out: Path, steps: int, status: int, killer: Killer) -> tuple[dict, list[tuple[str, bool]]]:
+    """Return the figures of a finished run and the checks, each with its outcome."""
+    preset, cfg = quickstart.PRESETS["tiny"], config.FilterConfig()
+    size, group = preset.batch_size, preset.group_size
+    rows = summary.read_rows(out / "steps.jsonl")
+    rewards = summary.read_rows(out / "rollouts.jsonl")
+    warnings = [line for line in (out / "train.log").read_text().splitlines() if "DEPO" in line and "WARNING" in line]
+    pool = [row["input"] for row in summary.read_rows(out / "data" / "train.jsonl")]
+    checks = [
+        (f"ended with status {status}", status == 0),
+        (f"{len(rows)} steps, each once and in order", [row["step"] for row in rows] == list(range(1, steps + 1))),
+        (f"{len(killer.kills)} of {killer.planned} kills", len(killer.kills) == killer.planned),
+        (f"{len(rewards)} responses paid for, {steps} x {size} x {group}", len(rewards) == steps * size * group),
+    ]
+    if not all(met for _, met in checks):
+        return {"steps": len(rows), "kills": [asdict(kill) for kill in killer.kills]}, checks
+    try:
+        batches = batches_of([row["prompt"] for row in rewards], size, group)
+        spans = list(places(PromptStream(pool, SEED), batches, cfg.max_scan * size))
+        checks.append((f"{len(spans)} batches, no position of the stream in two of them", True))
+    except ValueError as fault:
+        checks.append((str(fault), False))
+        return {"steps": len(rows), "kills": [asdict(kill) for kill in killer.kills]}, checks
+
+    starts = range(0, len(rewards), size * group)
+    asked = [(fmean(row["reward"] for row in rewards[i : i + size * group]), size * group) for i in starts]
+    trained = [(row["rollout/reward_mean"], row["rollout/num_samples"]) for row in rows]
+    same = len(asked) == len(trained) and np.allclose(asked, trained, rtol=0, atol=1e-5)
+    checks.append(("each trained once, whole and in order: its mean reward is the step's", same))
+    states = loader_states(out / "checkpoints" / "_actor")
+    agree = bool(states) and all(state["cursor"] == spans[step - 1][1] for step, state in states.items())
+    checks.append((f"the loader's positions in checkpoints {sorted(states)} are those of the log", agree))
+    valid = checkpoint.latest_valid(out / "checkpoints" / "depo", f"global_step{steps}")
+    checks.append(("the estimator's last checkpoint can be read", valid is not None))
+
+    groups = summary.training_groups(out, group)
+    ratios = [fmean(map(summary.has_signal, groups[i : i + size])) for i in range(0, len(groups), size)]
+    ends = [row["seconds"] for row in rows]
+    seconds = [ends[0], *(after - before for before, after in pairwise(ends))]
+    filtered = [end - start > size for start, end in spans]  # something was rejected
+    first = filtered.index(True) if any(filtered) else steps
+    unfiltered = [i for i in range(first, steps) if not filtered[i]]
+    before, after = [], []
+    for kill, end in pairwise([*(kill.step for kill in killer.kills), steps]):
+        off = [i for i in unfiltered if kill <= i < end]
+        before += ratios[max(first, kill - NEAR) : kill]
+        after += [ratios[i] for i in range(max(off, default=kill), end) if filtered[i]][:NEAR]
+        checks.append((f"filters again after the kill at step {kill}", kill < first or any(filtered[kill + 1 : end])))
+    found = {
+        "steps": len(rows),
+        "minutes": ends[-1] / 60,
+        "kills": [asdict(kill) for kill in killer.kills],
+        "warnings": len(warnings),
+        "first_filtered_step": first + 1,
+        "batches_unfiltered": len(unfiltered),
+        "prompts_unfiltered": len(unfiltered) * size,
+        "seconds_unfiltered": sum(seconds[i] for i in unfiltered),
+        "prompts_scanned": spans[-1][1],
+        "updates_left": valid[1]["updates"] if valid else None,
+        "effective_ratio": {
+            "warm_up": _mean(ratios[:first]),
+            "before_kills": _mean(before),
+            "unfiltered": _mean([ratios[i] for i in unfiltered]),
+            "after_kills": _mean(after),
+        },
+    }
+    return found, checks
+
+
+def _mean(values: list[float]) -> float | None:
+    return fmean(values) if values else None
+
+
+def main() -> int:
+    """Run, print the summary and the checks, write them; return 1 where a check failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--kill-every", type=int, default=20, metavar="STEPS")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    out = ROOT / "runs" / "soak"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    found, checks = account(out, args.steps, *launch(out, args.steps, args.kill_every))
+    print(json.dumps(found, indent=1))
+    for text, met in checks:
+        print(f"{'ok' if met else 'FAILED':7}{text}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(found | {"checks": checks}, indent=1))
+    return 0 if all(met for _, met in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
