@@ -39,7 +39,7 @@ import summary  # noqa: E402
 SEED = 42
 SAVE_STEPS = 10
 ACTOR = "ray::EstimatorActor"  # the title that Ray gives its process; a method's name follows while it runs
-NEAR = 5  # steps before a kill, and after the filter is back, whose effective ratios are set side by side
+NEAR = 5  # steps before a kill and after the estimator is back that are looked at
 
 
 # ── Every prompt has its place on the stream ──
@@ -101,6 +101,7 @@ class Kill:
     """One death of the estimator. step: the last one that was trained; doing: what its process was at."""
 
     step: int
+    pid: int
     doing: str
 
 
@@ -116,23 +117,24 @@ class Killer:
     def __post_init__(self):
         rng = np.random.default_rng(SEED)
         blocks = range(0, self.steps - self.every + 1, self.every)
-        # Not after a block's last step: after the run's last one there is nothing left to survive.
-        self._due = {int(start + rng.integers(1, self.every)): float(rng.uniform()) for start in blocks}
+        # After a block's second step, so that one step has been timed, and before its last: something is to come.
+        self._due = {int(start + rng.integers(2, self.every)): float(rng.uniform()) for start in blocks}
         self.planned = len(self._due)
-        self._timers = []
+        self._timers, self._step = [], 0
 
     def after(self, step: int, seconds: float):
         """Take note of a step that took so long; where one is due, kill within as long from now."""
+        self._step = step
         if (share := self._due.pop(step, None)) is not None:
-            self._timers.append(threading.Timer(share * seconds, self._kill, [step]))
+            self._timers.append(threading.Timer(share * seconds, self._kill))
             self._timers[-1].start()
 
-    def _kill(self, step: int):
+    def _kill(self):
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:  # it may just be coming back
             for pid, method in estimators(self.mark):
                 os.kill(pid, signal.SIGKILL)
-                self.kills.append(Kill(step, method or "waiting"))
+                self.kills.append(Kill(self._step, pid, method or "waiting"))
                 return
             time.sleep(0.1)
 
@@ -216,7 +218,10 @@ def account(out: Path, steps: int, status: int, killer: Killer) -> tuple[dict, l
     checks = [
         (f"ended with status {status}", status == 0),
         (f"{len(rows)} steps, each once and in order", [row["step"] for row in rows] == list(range(1, steps + 1))),
-        (f"{len(killer.kills)} of {killer.planned} kills", len(killer.kills) == killer.planned),
+        (
+            f"{len(killer.kills)} of {killer.planned} kills, each of another process",
+            len({kill.pid for kill in killer.kills}) == killer.planned,
+        ),
         (f"{len(rewards)} responses paid for, {steps} x {size} x {group}", len(rewards) == steps * size * group),
     ]
     if not all(met for _, met in checks):
@@ -247,16 +252,18 @@ def account(out: Path, steps: int, status: int, killer: Killer) -> tuple[dict, l
     filtered = [end - start > size for start, end in spans]  # something was rejected
     first = filtered.index(True) if any(filtered) else steps
     unfiltered = [i for i in range(first, steps) if not filtered[i]]
-    before, after = [], []
-    for kill, end in pairwise([*(kill.step for kill in killer.kills), steps]):
-        off = [i for i in unfiltered if kill <= i < end]
-        before += ratios[max(first, kill - NEAR) : kill]
-        after += [ratios[i] for i in range(max(off, default=kill), end) if filtered[i]][:NEAR]
-        checks.append((f"filters again after the kill at step {kill}", kill < first or any(filtered[kill + 1 : end])))
+    killed, answered = [kill.step for kill in killer.kills], answers_again(out / "train.log")
+    before = [ratios[i] for kill in killed for i in range(max(first, kill - NEAR), kill) if filtered[i]]
+    windows = [range(step, step + NEAR) for step in answered if first <= step <= steps - NEAR]
+    windows = [window for window in windows if not {*window} & {*killed}]
+    after = [ratios[i] for window in windows for i in window if filtered[i]]
+    back = any(filtered[min(killed, default=0) :]) and all(any(filtered[i] for i in window) for window in windows)
+    checks.append((f"answers again {len(answered)} times; filters again within {NEAR} steps of {len(windows)}", back))
     found = {
         "steps": len(rows),
         "minutes": ends[-1] / 60,
         "kills": [asdict(kill) for kill in killer.kills],
+        "answers_again_after_steps": answered,
         "warnings": len(warnings),
         "first_filtered_step": first + 1,
         "batches_unfiltered": len(unfiltered),
@@ -272,6 +279,17 @@ def account(out: Path, steps: int, status: int, killer: Killer) -> tuple[dict, l
         },
     }
     return found, checks
+
+
+def answers_again(log: Path) -> list[int]:
+    """Return the steps that were trained each time the loader's process found that the estimator answers again."""
+    found, step = [], 0
+    for line in log.read_text().splitlines():
+        if match := quickstart.STEP.search(line):
+            step = int(match[1])
+        elif "GenerateSamplesActor" in line and "answers again" in line:
+            found.append(step)
+    return found
 
 
 def _mean(values: list[float]) -> float | None:
