@@ -268,20 +268,16 @@ def test_the_schedule_of_budget_data_is_sized_by_the_expected_keep_rate(filtered
 
 
 def test_openrlhfs_bars_show_the_prompts_given_out(filtered_run):
-    """Bars beyond their total are shown as a number only; the first ends at the prompts of the first episode."""
+    """From the start of an episode or of the run; a bar beyond its total is shown as a number only."""
     states = [client_states(filtered_run.out, f"global_step{row['step']}") for row in filtered_run.steps]
+    begin = 0
     for episode in range(EPISODES):
-        shown = [
-            int(n)
-            for n in re.findall(
-                rf"Episode \[{episode + 1}/{EPISODES}\]:[^\r\n]*?(\d+)(?:/\d+|it) \[", filtered_run.output
-            )
-        ]
-        drawn = [state["total_consumed_prompts"] for state in states if state["episode"] == episode]
-        assert shown[-1] in (
-            drawn[-1],
-            drawn[-1] - max(s["total_consumed_prompts"] for s in states if s["episode"] < episode),
-        )
+        bar = rf"Episode \[{episode + 1}/{EPISODES}\]:[^\r\n]*?(\d+)(?:/\d+|it) \["
+        shown = [int(number) for number in re.findall(bar, filtered_run.output)]
+        end = max(state["total_consumed_prompts"] for state in states if state["episode"] == episode)
+        assert shown[0] in (0, begin)
+        assert shown[-1] - shown[0] == end - begin
+        begin = end
 
 
 def test_single_sample_evaluation_asks_each_held_out_prompt_once(filtered_run):
