@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -76,21 +75,44 @@ def batches_of(prompts: list[str], batch_size: int, group_size: int) -> list[Cou
     return batches
 
 
-def places(stream: PromptStream, batches: list[Counter], most: int, start: int = 0) -> Iterator[tuple[int, int]]:
-    """Yield each batch's first and last + 1 position on the stream, from `start` on.
+def places(
+    stream: PromptStream, batches: list[Counter], most: int, start: int = 0, known: dict[int, int] | None = None
+) -> list[tuple[int, int]]:
+    """Return each batch's first and last + 1 position on the stream, from `start` on.
 
-    Every prompt is given a position of its own behind all those of the batches before. ValueError where that is
-    impossible within `most` candidates a batch: it was drawn twice, or something else was drawn.
+    Every prompt is given a position of its own, behind all those of the batches before. A batch ends with its last
+    prompt, or, filled up for want of better ones, `most` candidates after its start. known: batch number (from 1) ->
+    where it ends. ValueError where none of it fits: a prompt was drawn twice, or not in its turn.
     """
+    starts, steps = {start}, []
     for number, batch in enumerate(batches, start=1):
-        wanted, position = Counter(batch), start
-        while wanted.total():
-            if position == start + most:
-                raise ValueError(f"batch {number}: {+wanted} not among the {most} candidates from {start} on")
-            wanted.subtract([stream[position]] if wanted[stream[position]] else [])
-            position += 1
-        yield start, position
-        start = position
+        ends = {}  # possible end of this batch -> its start
+        for first in sorted(starts):
+            if (last := _last(stream, batch, first, first + most)) is not None:
+                ends = {last + 1: first, first + most: first} | ends
+        if not ends:
+            raise ValueError(f"batch {number}: {batch} not among {most} candidates from any of {sorted(starts)} on")
+        if known and number in known:
+            if known[number] not in ends:
+                raise ValueError(f"batch {number}: ends at one of {sorted(ends)}, not at {known[number]}")
+            ends = {known[number]: ends[known[number]]}
+        steps.append(ends)
+        starts = set(ends)
+    end, spans = min(starts), []
+    for ends in reversed(steps):
+        spans.insert(0, (ends[end], end))
+        end = ends[end]
+    return spans
+
+
+def _last(stream: PromptStream, batch: Counter, position: int, stop: int) -> int | None:
+    """Return the last position of the batch's prompts, each at its first from `position` on; None if not by `stop`."""
+    wanted = Counter(batch)
+    for at in range(position, stop):
+        wanted.subtract([stream[at]] if wanted[stream[at]] else [])
+        if not wanted.total():
+            return at
+    return None
 
 
 # ── The run ──
@@ -226,10 +248,14 @@ def account(out: Path, steps: int, status: int, killer: Killer) -> tuple[dict, l
     ]
     if not all(met for _, met in checks):
         return {"steps": len(rows), "kills": [asdict(kill) for kill in killer.kills]}, checks
+    cursors = {step: state["cursor"] for step, state in loader_states(out / "checkpoints" / "_actor").items()}
     try:
         batches = batches_of([row["prompt"] for row in rewards], size, group)
-        spans = list(places(PromptStream(pool, SEED), batches, cfg.max_scan * size))
-        checks.append((f"{len(spans)} batches, no position of the stream in two of them", True))
+        spans = places(PromptStream(pool, SEED), batches, cfg.max_scan * size, known=cursors)
+        checks += [
+            (f"{len(spans)} batches, no position of the stream in two of them", True),
+            (f"the loader's positions in checkpoints {sorted(cursors)} are those of the reward log", bool(cursors)),
+        ]
     except ValueError as fault:
         checks.append((str(fault), False))
         return {"steps": len(rows), "kills": [asdict(kill) for kill in killer.kills]}, checks
@@ -239,9 +265,6 @@ def account(out: Path, steps: int, status: int, killer: Killer) -> tuple[dict, l
     trained = [(row["rollout/reward_mean"], row["rollout/num_samples"]) for row in rows]
     same = len(asked) == len(trained) and np.allclose(asked, trained, rtol=0, atol=1e-5)
     checks.append(("each trained once, whole and in order: its mean reward is the step's", same))
-    states = loader_states(out / "checkpoints" / "_actor")
-    agree = bool(states) and all(state["cursor"] == spans[step - 1][1] for step, state in states.items())
-    checks.append((f"the loader's positions in checkpoints {sorted(states)} are those of the log", agree))
     valid = checkpoint.latest_valid(out / "checkpoints" / "depo", f"global_step{steps}")
     checks.append(("the estimator's last checkpoint can be read", valid is not None))
 

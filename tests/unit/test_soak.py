@@ -17,27 +17,38 @@ def log(kept=KEPT):
     return [f"prompt {ORDER[position]}" for batch in shuffled for position in batch]
 
 
-def account(prompts):
+def account(prompts, known=None):
     stream = PromptStream([f"prompt {i}" for i in range(POOL)], SEED)
-    return list(places(stream, batches_of(prompts, BATCH, GROUP), MOST))
+    return places(stream, batches_of(prompts, BATCH, GROUP), MOST, known=known)
 
 
 def test_batches_lie_one_behind_the_other_on_the_stream():
     assert account(log()) == [(0, 8), (8, 12), (12, 23), (23, 34)]
 
 
+def test_a_batch_that_was_filled_up_ends_with_its_scan():
+    """Twelve candidates were scanned for the second batch, though its last prompt is the eighth of them."""
+    kept = [KEPT[0], [8, 9, 10, 15], [20, 22, 23, 24]]
+    assert account(log(kept), known={2: 20}) == [(0, 8), (8, 20), (20, 25)]
+    assert account(log(kept), known={3: 25})[2][1] == 25
+    with pytest.raises(ValueError, match=r"batch 2: ends at one of \[16, 20\b.*\], not at 19"):
+        account(log(kept), known={2: 19})
+    with pytest.raises(ValueError, match="batch 3"):
+        account(log([*kept[:2], [18, 22, 23, 24]]), known={2: 20})  # 18 was passed over with the second batch
+
+
 @pytest.mark.parametrize(
-    "kept",
+    ("kept", "known"),
     [
-        [KEPT[0], KEPT[0], *KEPT[1:]],  # the same batch again
-        [KEPT[1], KEPT[0], *KEPT[2:]],  # out of order
-        [KEPT[0], [8, 9, 10, 3], *KEPT[2:]],  # one prompt of the batch before again
-        [KEPT[0], *KEPT[2:]],  # a batch is missing, and with it more candidates are passed over than may be
+        ([KEPT[0], KEPT[0], *KEPT[1:]], None),  # the same batch again
+        ([KEPT[1], KEPT[0], *KEPT[2:]], None),  # out of order
+        ([KEPT[0], [8, 9, 10, 3], *KEPT[2:]], None),  # one prompt of the batch before again
+        ([KEPT[0], *KEPT[2:]], {1: 8}),  # a batch is missing: more was passed over for the next than may be
     ],
 )
-def test_what_was_drawn_twice_or_not_in_turn_has_no_place(kept):
-    with pytest.raises(ValueError, match=rf"^batch \d: .* not among the {MOST} candidates from \d+ on"):
-        account(log(kept))
+def test_what_was_drawn_twice_or_not_in_turn_has_no_place(kept, known):
+    with pytest.raises(ValueError, match=rf"^batch \d: .* not among {MOST} candidates from any of "):
+        account(log(kept), known)
 
 
 def test_a_response_or_a_group_too_many_or_too_few_is_seen():
