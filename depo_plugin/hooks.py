@@ -319,8 +319,9 @@ def _rewarder(args) -> str:
     """Return what gives the rewards, as its flag and value."""
     if args.train.agent_func_path:  # OpenRLHF then sets reward.remote_url to "agent"
         return f"--train.agent_func_path {args.train.agent_func_path}"
-    if args.reward.remote_url:
-        return f"--reward.remote_url {args.reward.remote_url}"
+    if args.reward.remote_url:  # OpenRLHF makes a list of it
+        urls = args.reward.remote_url
+        return f"--reward.remote_url {urls if isinstance(urls, str) else ','.join(urls)}"
     return f"--reward.model_name_or_path {args.reward.model_name_or_path}"
 
 

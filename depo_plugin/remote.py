@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from depo_plugin import checkpoint, config
@@ -222,12 +222,12 @@ class EstimatorHandle:
                 self._behind, self._vain = True, self._vain + 1
                 self._fault(error)
             return None
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:  # its process died or had no memory, a node with it, its code raised
             self._fault(error)
             return None
         finally:
             self.tally["time_blocked"] += time.perf_counter() - start
-        self._answers += 1
+        self._answers += not behind
         if self._answers >= SOUND:
             self._vain = 0
             if self._faulty:
@@ -265,7 +265,7 @@ class EstimatorHandle:
         for one in ended:
             try:
                 ray.get(one)
-            except (RayActorError, RayTaskError) as error:
+            except RayError as error:
                 self._fault(error)
         return True
 

@@ -261,7 +261,8 @@ def response(prompt, rewarded):
 
 
 REWARDERS = {  # what the launch says and what the error names
-    "function": ({"reward.remote_url": "my/reward.py"}, "--reward.remote_url my/reward.py"),
+    "function": ({"reward.remote_url": ["my/reward.py"]}, "--reward.remote_url my/reward.py"),  # OpenRLHF splits it
+    "servers": ({"reward.remote_url": ["http://a", "http://b"]}, "--reward.remote_url http://a,http://b"),
     "agent": (
         {"reward.remote_url": "agent", "train.agent_func_path": "my/agent.py"},  # OpenRLHF sets remote_url so
         "--train.agent_func_path my/agent.py",

@@ -203,6 +203,17 @@ def test_a_call_that_fails_is_no_answer_and_the_actor_goes_on(handle, caplog):
     assert same(score(handle), before)
 
 
+def test_an_answer_that_is_lost_on_its_way_is_no_answer(actor, handle, caplog):
+    """What Ray says of a lost node, or of a process that it ended for want of memory, is no error of the actor's."""
+    answer = actor.__ray_call__.remote(lambda host: np.zeros(1_000_000))  # too large to travel with the message
+    ray.wait([answer], timeout=DEADLINE_S)
+    ray.internal.free([answer])
+    assert handle.wait(answer, DEADLINE_S) is None
+    (warning,) = [line for line in warnings_of(caplog) if line.startswith("DEPO")]  # Ray says something, too
+    assert "did not answer (ObjectFreedError" in warning
+    assert score(handle) is not None
+
+
 @pytest.mark.parametrize("how", ["killed by the system", "killed by Ray"])
 def test_a_dead_estimator_comes_back_with_its_newest_checkpoint(how, actor, handle, caplog):
     saved = score(handle)
