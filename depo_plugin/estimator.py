@@ -52,6 +52,7 @@ IDENTITY_FLAGS = {
     "hidden_size": "the encoder's width",
     "vocab_size": "the encoder's vocabulary",
     "group_size": "--rollout.n_samples_per_prompt",
+    "weights": "the digest of the encoder's weights",
 }
 
 
@@ -119,10 +120,11 @@ class DifficultyEstimator:
         asked = cfg.estimator.dtype
         self._dtype = encode.fastest_dtype(self._encoder, device, self._max_length) if asked == "auto" else asked
         self._micro_batch_tokens = cfg.estimator.micro_batch_tokens or encode.MICRO_BATCH_TOKENS[device.type]
-        self._cache = None
+        self._cache = self._digest = None
         if self._frozen:
+            self._digest = weights_digest(self._encoder)
             if cache_dir is not None:
-                cache_dir = cache_dir / f"{weights_digest(self._encoder)}-{self._max_length}"
+                cache_dir = cache_dir / f"{self._digest}-{self._max_length}"
             self._cache = EmbeddingCache(cache_dir, width)
         self._belief = Belief(cfg.history, width if self._frozen and cfg.history.share else 0)
         self._kept: dict[int, deque[Kept]] = {}
@@ -452,6 +454,7 @@ class DifficultyEstimator:
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
             "group_size": self._group_size,
+            "weights": self._digest,  # frozen ones are not in the state, and heads fit no others
         }
 
     def state_dict(self) -> dict:

@@ -7,6 +7,7 @@ import copy
 import functools
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -883,6 +884,14 @@ def test_a_state_of_another_estimator_is_refused_by_name(make, tmp_path):
         make(model=other).load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"--depo\.estimator\.mode was finetune, is frozen"):
         make(mode="frozen").load_state_dict(state)
+
+
+def test_frozen_heads_are_refused_by_a_folder_of_the_same_name_with_other_weights(make, folder, tmp_path):
+    """Frozen weights are not in the state: heads and belief would go on with embeddings that they never saw."""
+    state = make(mode="frozen").state_dict()
+    other = tiny_encoder.write(tmp_path / Path(folder).name, seed=1)
+    with pytest.raises(CheckpointError, match=r"the digest of the encoder's weights was \w{16}, is \w{16}"):
+        make(mode="frozen", model=other).load_state_dict(state)
 
 
 def test_a_state_that_shared_evidence_is_refused_where_it_is_not_shared(make):
