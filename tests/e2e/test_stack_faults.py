@@ -63,7 +63,7 @@ def processes(env) -> dict[int, str]:
             title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
         except OSError:  # it has ended since
             continue
-        if re.match(r"ray::(?!IDLE)|VLLM", title) or "train_ppo_ray" in title:
+        if re.match(r"ray::(?!IDLE|DashboardAgent|RuntimeEnvAgent)|VLLM", title) or "train_ppo_ray" in title:
             found[pid] = title
     return found
 
