@@ -26,7 +26,7 @@ CHANGES = {
     "without ranking loss": {"estimator.w_rank": 0.0},
     "without distillation loss": {"estimator.w_distill": 0.0},
     "without replay": {"estimator.replay": 0},
-    "replay 4096": {"estimator.replay": 4096},
+    "replay 1024": {"estimator.replay": 1024},
     "without sharing": {"history.share": False},
     "without drift": {"history.drift": False},
     "without history (text only)": {"history.kappa": "inf"},

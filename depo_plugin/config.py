@@ -111,7 +111,7 @@ class EstimatorConfig:
     num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
     timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
     updates_per_step: int = setting(1, "optimizer steps of the estimator per training step", integer(0))
-    replay: int = setting(1024, "recent groups that updates learn from again (0: none, the paper)", integer(0))
+    replay: int = setting(256, "recent groups that updates learn from again (0: none, the paper)", integer(0))
 
 
 @dataclass(frozen=True)
