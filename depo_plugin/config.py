@@ -57,7 +57,7 @@ class FilterConfig:
     min_utility: float = setting(0.5, "utility: least chance that a group has any signal", FRACTION)
     epsilon: float = setting(0.02, "exploration: chance that a rejected prompt is kept anyway", FRACTION)
     warmup_steps: int = setting(5, "estimator updates during which every prompt is kept", integer(0))
-    max_scan: int = setting(4, "prompts scanned for one batch at most, in batches", integer(1))
+    max_scan: int = setting(8, "prompts scanned for one batch at most, in batches", integer(1))
     budget: str = setting(
         "steps", "an episode is as many steps as without DEPO (steps) or one pass (data)", choice("steps", "data")
     )

@@ -22,7 +22,7 @@ from depo_plugin.labels import Label
 from depo_plugin.loader import DifficultyFilteredLoader
 
 ENDLESS = 10**9  # episodes
-NARROW = {"filter.low": 0.3, "filter.high": 0.7}  # less coverage, to compare at with methods that cover less
+NARROW = {"filter.low": 0.2, "filter.high": 0.8}  # less coverage, to compare at with methods that cover less
 PAPER_OVERRIDES = {"estimator.model": None}  # the bundled MiniLM in place of distilbert
 
 

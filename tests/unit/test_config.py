@@ -309,7 +309,7 @@ def test_all_faults_come_at_once_and_name_where_they_are_from(yaml_file):
             "all else is a flag.",
             "--depo.filter.lwo: unknown setting. Did you mean --depo.filter.low?",
             "--depo.filter.low x (my.yaml): must be a number from 0 to 1. The default is 0.15.",
-            "--depo.filter.max_scan 0: must be a whole number of at least 1. The default is 4.",
+            "--depo.filter.max_scan 0: must be a whole number of at least 1. The default is 8.",
             f"--depo.estimator.lr -1 (my.yaml): must be a number above 0. The default is {DEFAULT.estimator.lr}.",
         ]
     )
