@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
@@ -25,7 +26,7 @@ def flags(out, pool, *extra):
         --rollout.micro_batch_size {samples // 4} --train.batch_size {samples} --train.micro_batch_size {samples // 4}
         --depo.filter.warmup_steps 2 --actor.lr_scheduler cosine_with_min_lr
     """
-    return base_flags(out, *sizes.split(), *(word for part in extra for word in part.split()))
+    return base_flags(out, *sizes.split(), *(word for part in extra for word in shlex.split(part)))
 
 
 def cosine(step, steps):
@@ -75,7 +76,8 @@ def killed(tmp_path_factory):
 @pytest.fixture(scope="module")
 def resumed(killed, tmp_path_factory):
     out = tmp_path_factory.mktemp("async resumed")
-    run = launch(out, async_flags(out, f"--ckpt.path {killed.out / 'checkpoints'} --ckpt.load_enable"), num_gpus=4)
+    checkpoints = shlex.quote(str(killed.out / "checkpoints"))
+    run = launch(out, async_flags(out, f"--ckpt.path {checkpoints} --ckpt.load_enable"), num_gpus=4)
     assert run.status == 0, run.output[-5000:]
     return run
 
@@ -152,7 +154,7 @@ def agent_run(tmp_path_factory):
         out,
         60,
         "--train.async_enable --train.partial_rollout_enable --data.prompt_probs 0.5,0.5 --eval.steps 4",
-        f"--train.agent_func_path {AGENT} --depo.advantage.base dr_grpo --train.num_episodes 2",
+        f"--train.agent_func_path {shlex.quote(str(AGENT))} --depo.advantage.base dr_grpo --train.num_episodes 2",
     )
     rows = summary.read_rows(out / "data" / "train.jsonl")
     halves = {
