@@ -320,18 +320,18 @@ class DifficultyFilteredLoader:
         self._forced_in_a_row = self._forced_in_a_row + 1 if forced else 0
         if self._forced_in_a_row != FORCED_IN_A_ROW:
             return
-        mean = np.mean([c.p for c in scanned if c.p is not None])
-        cause, fix = ("nearly all", "harder") if mean > 0.5 else ("almost none", "easier")
+        p_B = np.array([c.p for c in scanned if c.p is not None])
+        solved, unsolved = np.mean(p_B > 0.8), np.mean(p_B < 0.2)
         logger.warning(
             "DEPO: %d batches in a row were filled up with prompts that --depo.filter.rule %s rejects: too few of the "
-            "%d scanned pass, and their mean predicted pass rate is %.2f. Most likely the policy solves %s of the "
-            "pool: add %s prompts, relax the rule, or raise --depo.filter.max_scan (%d).",
+            "%d scanned pass. By their predicted pass rates the policy nearly always solves %.0f%% of them and hardly "
+            "ever %.0f%%: add %s prompts, relax the rule, or raise --depo.filter.max_scan (%d).",
             FORCED_IN_A_ROW,
             self._cfg.rule,
             len(scanned),
-            mean,
-            cause,
-            fix,
+            100 * solved,
+            100 * unsolved,
+            "harder" if solved > unsolved else "easier",
             self._cfg.max_scan,
         )
 
