@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.replay import judge, texts, world
+from benchmarks.replay import judge, texts
+from benchmarks.replay.jobs import Job
 
 CHANGES = {
-    "recommended": {},
     "no score of the heads (no gradient at all)": {"estimator.updates_per_step": 0},
     "two optimizer steps": {"estimator.updates_per_step": 2},
     "heads lr 1e-4": {"estimator.lr": 1e-4},
@@ -36,6 +36,7 @@ CHANGES = {
     "never forget: discount 1": {"history.discount": 1.0},
     "utility rule, 0.5": {"filter.rule": "utility", "filter.min_utility": 0.5},
     "utility rule, 0.65": {"filter.rule": "utility", "filter.min_utility": 0.65},
+    "best of those scanned": {"filter.rule": "utility", "filter.min_utility": 1.0},
     "window 0.1 to 0.9": {"filter.low": 0.1, "filter.high": 0.9},
     "window 0.2 to 0.8": {"filter.low": 0.2, "filter.high": 0.8},
     "no exploration": {"filter.epsilon": 0.0},
@@ -52,27 +53,27 @@ FINETUNE = {
         "history.kappa": "inf",
     },
 }
+GROUP_SIZE = 8
 COLUMNS = ("gain", "coverage", "mae", "zero_auc", "ece", "seconds")
 
 
-def work(job: tuple) -> list[dict]:
+def work(job: Job, changes: dict[str, dict]) -> list[dict]:
     """Return one row per change, on one pool and seed."""
     import torch
 
     torch.set_num_threads(1)
-    pool_name, seed, changes, cache = job
-    pool = world.build_pool(pool_name, seed, cache)
-    base = judge.Bench(pool, 8, seed, {}, cache)
+    pool = job.build()
+    base = judge.Bench(pool, GROUP_SIZE, job.seed, {}, job.cache)
     grpo, ideal = (base.run(name).row for name in ("grpo", "ideal"))
     rows = []
     for change, overrides in changes.items():
-        row = judge.Bench(pool, 8, seed, overrides, cache).run("depo").row
+        row = judge.Bench(pool, GROUP_SIZE, job.seed, overrides, job.cache).run("depo").row
         gain = row["effective_ratio"] - grpo["effective_ratio"]
         rows.append(
             {
                 "change": change,
-                "pool": pool_name,
-                "seed": seed,
+                "pool": pool.name,
+                "seed": job.seed,
                 "gain": gain / (ideal["effective_ratio"] - grpo["effective_ratio"]),
                 "coverage": row["coverage"] - ideal["coverage"],
                 "mae": row["mae_true"] / ideal["mae_true"],
@@ -81,7 +82,7 @@ def work(job: tuple) -> list[dict]:
                 "seconds": row["estimator_seconds"],
             }
         )
-        judge.say(f"{pool_name} seed {seed} {change}: {gain:+.3f}")
+        judge.say(f"{pool.name} seed {job.seed} {change}: {gain:+.3f}")
     return rows
 
 
@@ -90,17 +91,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pools", default="mixed,hard,drift,fresh")
-    parser.add_argument("--finetune", action="store_true", help="the changes that train the encoder, too (slow)")
+    parser.add_argument("--finetune", action="store_true", help="only the changes that train the encoder, too (slow)")
+    parser.add_argument("--quick", action="store_true", help="smaller pools, fewer steps")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    changes = CHANGES | (FINETUNE if args.finetune else {})
+    changes = {"recommended": {}} | (FINETUNE if args.finetune else CHANGES)
     pools, cache = args.pools.split(","), texts.default_cache()
-    for pool in pools:
-        world.build_pool(pool, 0, cache)  # so that the workers find texts and embeddings
-    jobs = [(pool, seed, changes, cache) for pool, seed in itertools.product(pools, range(args.seeds))]
+    seeded = itertools.product(pools, range(args.seeds))
+    jobs = [Job(pool, GROUP_SIZE, seed, (), {}, cache, args.quick) for pool, seed in seeded]
+    for job in {job.pool: job for job in jobs}.values():
+        job.build()  # so that the workers find texts and embeddings
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
-        rows = list(itertools.chain.from_iterable(workers.map(work, jobs)))
+        rows = list(itertools.chain.from_iterable(workers.map(work, jobs, itertools.repeat(changes))))
     print(
         "Means over seeds; gain, mae and zero AUC (above one half) as shares of ideal's, coverage as the difference."
     )

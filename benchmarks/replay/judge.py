@@ -205,7 +205,7 @@ class Bench:
     def __init__(self, pool: Pool, group_size: int, seed: int, overrides=None, cache: Path | None = None):
         """overrides: depo's settings ("history.discount": 1.0); no other method hears of them. cache: a folder."""
         self.pool, self.group_size, self.seed = pool, group_size, seed
-        self._setup = {"overrides": overrides or {}, "cache": cache and texts.estimator_cache(cache)}
+        self._setup = {"overrides": overrides or {}, "cache": cache}
         self._played: dict[str, Played] = {}
 
     def run(self, method: str) -> Played:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.replay import bandits, learners
+from benchmarks.replay import bandits, learners, texts
 from benchmarks.replay.world import Policy
 from depo_plugin.config import DepoConfig, FilterConfig, load_config
 from depo_plugin.history import prompt_key
@@ -112,7 +112,7 @@ class Setup:
     """What a factory is given.
 
     overrides: depo's settings; keep_rate: depo's in the same pool, seed and group size, where `random` needs it;
-    cache: where estimators keep embeddings.
+    cache: folder of texts and embeddings.
     """
 
     policy: Policy
@@ -135,7 +135,8 @@ def paper_config() -> DepoConfig:
 def _estimated(setup: Setup, cfg: DepoConfig):
     from depo_plugin.estimator import DifficultyEstimator
 
-    estimator = DifficultyEstimator(cfg, setup.policy.group_size, setup.seed, cache_dir=setup.cache)
+    cache = setup.cache and texts.estimator_cache(setup.cache)
+    estimator = DifficultyEstimator(cfg, setup.policy.group_size, setup.seed, cache_dir=cache)
     return LoaderMethod(setup.policy, estimator, cfg.filter, setup.seed)
 
 
@@ -158,6 +159,12 @@ def _ideal(setup: Setup):
     return LoaderMethod(setup.policy, learners.Ideal(setup.policy), cfg, setup.seed)
 
 
+def _ridge(setup: Setup):
+    cfg = replace(depo_config({}).filter, warmup_steps=0)
+    embedding_NE = texts.embed(setup.policy.pool.prompts, setup.cache or texts.default_cache())
+    return LoaderMethod(setup.policy, learners.Ridge(setup.policy, embedding_NE), cfg, setup.seed)
+
+
 def _oracle(setup: Setup):
     cfg = replace(depo_config({}).filter, rule="utility", min_utility=0.5, epsilon=0.0, warmup_steps=0)
     return LoaderMethod(setup.policy, learners.Oracle(setup.policy), cfg, setup.seed)
@@ -176,6 +183,7 @@ METHODS: dict[str, tuple[Callable[[Setup], Any], ...]] = {
     "mopps": tuple(lambda setup, decay=decay: bandits.Mopps(setup.policy, setup.seed, decay) for decay in (0.5, 1.0)),
     "dps": (lambda setup: bandits.Dps(setup.policy, setup.seed),),
     "ideal": (_ideal,),
+    "ridge": (_ridge,),
     "oracle": (_oracle,),
 }
-NOT_DEFAULT = ("depo_paper",)  # fine-tunes an encoder: minutes a run
+NOT_DEFAULT = ("depo_paper", "ridge")  # fine-tunes an encoder, minutes a run; says something on fresh alone

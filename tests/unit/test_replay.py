@@ -262,6 +262,20 @@ def test_ideal_counts_a_prompt_twice_where_it_is_twice_in_a_batch():
     assert both._beliefs(np.array([3]))[0] == pytest.approx(apart._beliefs(np.array([3]))[0])
 
 
+def test_ridge_is_told_the_logits_of_prompts_met_and_reads_the_others_from_their_embeddings():
+    angle = np.random.default_rng(0).uniform(-1.5, 1.5, 400)
+    text, embedding_NE = 5 * np.sin(angle), 3 * np.c_[np.cos(angle), np.sin(angle)]
+    noise = np.random.default_rng(1).normal(size=400)
+    pool = world.Pool("line", [f"problem {i}" for i in range(400)], text + noise, text, 1.0, 0.5, steps=1, batch=16)
+    ridge = learners.Ridge(world.Policy(pool, 8, 0), embedding_NE)
+    unmet = np.arange(200, 400)
+    assert np.ptp(ridge._text_N) == 0
+    ridge.observe([label(pool, i, 4, 8) for i in range(200)])
+    error = ridge._text_N[unmet] - text[unmet]
+    assert np.std(error) < 0.2 < 0.9 < np.std(ridge._text_N[unmet] - pool.logit_N[unmet])
+    assert ridge._noise == pytest.approx(1.0, abs=0.05)
+
+
 def test_beliefs_that_are_no_beta_reach_the_loader_with_their_mean_and_signal():
     p, v = np.array([0.3, 0.3, 0.999]), np.array([0.5, 0.94, 0.001])
     scores = learners.make_scores(p, v, 7, 8)
