@@ -20,7 +20,7 @@ import math
 import numpy as np
 
 from depo_plugin.config import HistoryConfig
-from depo_plugin.history import VISITS, Evidence, PromptHistory, no_evidence
+from depo_plugin.history import SITE, VISITS, Evidence, PromptHistory, no_evidence
 
 NODES = np.linspace(-6.0, 6.0, 41)  # of a posterior, in its own standard deviations
 SPREAD_START = 2.5  # τ², worth 20 groups whose own error is 2 (see _fit_spread)
@@ -35,7 +35,7 @@ BIAS = 1.0  # prior variance of the constant's weight
 WEIGHT_START = 1.5**2  # prior variance of the embedding's weights, fitted
 WEIGHT_RANGE = (0.05, 50.0)
 WEIGHT_RATE = 0.3  # of the way the prior variance moves towards its estimate, per update
-TEXT_KEPT = 0.998  # of the evidence about w per update
+TEXT_KEPT = 0.998  # of the evidence about w per batch of new prompts
 PRECISION_MIN = 1e-4
 CAVITY_MIN = 1e-4  # a share of a variance that rounding must not make negative
 
@@ -125,6 +125,7 @@ class Belief:
         self._weight_variance = WEIGHT_START
         self._information_FF = np.zeros((features + 2, features + 2))
         self._vector_F = np.zeros(features + 2)
+        self._text_clock = 0.0  # batches of new prompts so far
         self._solve()
 
     def __len__(self) -> int:
@@ -178,11 +179,14 @@ class Belief:
             self._follow(*believed, successes_B, samples_B)
         after = before.with_visit(successes_B, samples_B, self.ability)
         site_mean_B, site_precision_B = self._sites(mean_B, variance_B, after)
-        self._fit_spread(mean_B, variance_B, site_mean_B, site_precision_B, before.samples.sum(1) == 0)
-        if self._cfg.share:
+        new_B = before.samples.sum(1) == 0
+        self._fit_spread(mean_B, variance_B, site_mean_B, site_precision_B, new_B)
+        if self._cfg.share and new_B.any():
             precision_B = 1 / (1 / site_precision_B + self.spread)
-            self._learn_text(features_BF, before, site_mean_B, precision_B)
-            after = after._replace(site_mean=site_mean_B, site_precision=precision_B, site_score=features_BF[:, 0])
+            self._learn_text(features_BF[new_B], site_mean_B[new_B], precision_B[new_B], float(new_B.mean()))
+            site = site_mean_B, precision_B, features_BF[:, 0], np.full(len(keys_B), self._text_clock)
+            kept = {name: np.where(new_B, x_B, getattr(before, name)) for name, x_B in zip(SITE, site, strict=True)}
+            after = after._replace(**kept)
         self._history.put(keys_B, after, now)
 
     # ── The text ──
@@ -206,7 +210,7 @@ class Belief:
             return features_BF[:, 0].copy(), np.zeros(len(features_BF))
         mean_B = features_BF @ self._weights_F
         variance_B = np.einsum("bf,bf->b", features_BF @ self._covariance_FF, features_BF)
-        site_B = known.site_precision * TEXT_KEPT**known.age
+        site_B = known.site_precision * TEXT_KEPT ** (self._text_clock - known.site_at)
         then_BF = _with_score(features_BF, known.site_score)
         side_BF = then_BF @ self._covariance_FF
         shared_B = np.einsum("bf,bf->b", side_BF, features_BF)
@@ -214,20 +218,21 @@ class Belief:
         error_B = known.site_mean - then_BF @ self._weights_F
         return mean_B - site_B * shared_B * error_B / left_B, variance_B + site_B * shared_B**2 / left_B
 
-    def _learn_text(self, features_BF, before: Evidence, mean_B, precision_B):
-        """Put each prompt's site into the regression, in the place of the one its earlier groups gave."""
+    def _learn_text(self, features_BF, mean_B, precision_B, share: float):
+        """Put the sites of new prompts into the regression; what they replace fades. share: of new ones in the batch.
+
+        A prompt that is met again teaches its text nothing more: the filter kept it for what came of it before, and so
+        it says little of prompts that were never met. With all groups, the text's R² fell from 0.6 to 0.2 in a replay.
+        """
         if features_BF.shape[1] > 2:
             estimate = np.mean(self._weights_F[2:] ** 2 + np.diag(self._covariance_FF)[2:])
             moved = self._weight_variance + WEIGHT_RATE * (estimate - self._weight_variance)
             self._weight_variance = float(np.clip(moved, *WEIGHT_RANGE))
-        fade = TEXT_KEPT
-        self._information_FF *= fade
-        self._vector_F *= fade
-        old_B = before.site_precision * fade**before.age
-        then_BF = _with_score(features_BF, before.site_score)
+        self._text_clock += share
+        self._information_FF *= TEXT_KEPT**share
+        self._vector_F *= TEXT_KEPT**share
         self._information_FF += (features_BF * precision_B[:, None]).T @ features_BF
-        self._information_FF -= (then_BF * old_B[:, None]).T @ then_BF
-        self._vector_F += features_BF.T @ (precision_B * mean_B) - then_BF.T @ (old_B * before.site_mean)
+        self._vector_F += features_BF.T @ (precision_B * mean_B)
         self._solve()
 
     def _solve(self):
@@ -241,7 +246,7 @@ class Belief:
 
     def _own(self, known: Evidence) -> Evidence:
         """Return the prompts' own evidence, none where the text alone is to count."""
-        return no_evidence(len(known.age)) if self._cfg.kappa == "inf" else known
+        return no_evidence(len(known.site_at)) if self._cfg.kappa == "inf" else known
 
     def _sites(self, mean_B, variance_B, evidence: Evidence):
         """Return mean_B and precision_B of the normal that stands for what the evidence says of x."""
@@ -302,6 +307,7 @@ class Belief:
             "weight_variance": self._weight_variance,
             "information": self._information_FF.copy(),
             "vector": self._vector_F.copy(),
+            "text_clock": self._text_clock,
             "history": self._history.state_dict(),
         }
 
@@ -320,4 +326,5 @@ class Belief:
         self._spread_sum, self._spread_weight = state["spread"]
         self._weight_variance = state["weight_variance"]
         self._information_FF, self._vector_F = np.array(state["information"]), np.array(state["vector"])
+        self._text_clock = state["text_clock"]
         self._solve()

@@ -1,4 +1,4 @@
-"""What is remembered of each prompt: its own past groups, fading with time. 72 bytes a prompt.
+"""What is remembered of each prompt: its own past groups, fading with time. 76 bytes a prompt.
 
 Suffixes: B = prompts asked for, each once, K = prompts known.
 """
@@ -18,7 +18,9 @@ FIELDS = {  # name -> dtype and shape of one prompt's entry
     "site_mean": (np.float32, ()),  # what the evidence says of the prompt's easiness (see belief.py)
     "site_precision": (np.float32, ()),
     "site_score": (np.float32, ()),  # the text's score logit that the site was given to
+    "site_at": (np.float32, ()),  # the clock of the text's evidence then
 }
+SITE = ("site_mean", "site_precision", "site_score", "site_at")
 
 
 class Scores(NamedTuple):
@@ -32,8 +34,8 @@ class Scores(NamedTuple):
 class Evidence(NamedTuple):
     """What past groups say of prompts, float64.
 
-    successes, samples, ability (B, V): faded, by visit, oldest first, samples 0 where there was none; site_mean,
-    site_precision, site_score (B,): what they gave the text's weights; age (B,): updates since it was last seen.
+    successes, samples, ability (B, V): faded, by visit, oldest first, samples 0 where there was none; SITE (B,): what
+    the first of them gave the text's weights.
     """
 
     successes: np.ndarray
@@ -42,7 +44,7 @@ class Evidence(NamedTuple):
     site_mean: np.ndarray
     site_precision: np.ndarray
     site_score: np.ndarray
-    age: np.ndarray
+    site_at: np.ndarray
 
     def with_visit(self, successes_B, samples_B, ability: float) -> "Evidence":
         """Return it with one more visit; the two neighbours of nearest ability become one, empty ones first."""
@@ -100,8 +102,7 @@ class PromptHistory:
         age = np.where(known, now - found["seen"], 0)
         fade = (self._discount**age)[:, None]
         successes, samples = fade * found["successes"], fade * found["samples"]
-        sites = (found[name] for name in ("site_mean", "site_precision", "site_score"))
-        return Evidence(successes, samples, found["ability"], *sites, age)
+        return Evidence(successes, samples, found["ability"], *(found[name] for name in SITE))
 
     def put(self, keys_B: np.ndarray, evidence: Evidence, now: int) -> None:
         """Replace what is known of these prompts, seen at update `now`. keys_B: sorted, each once."""
@@ -113,7 +114,7 @@ class PromptHistory:
             for name, array in self._arrays.items():
                 self._arrays[name] = np.insert(array, at, missing if name == "keys" else 0, axis=0)
         at = np.searchsorted(self._arrays["keys"], keys_B)
-        for name in ("successes", "samples", "ability", "site_mean", "site_precision", "site_score"):
+        for name in ("successes", "samples", "ability", *SITE):
             self._arrays[name][at] = getattr(evidence, name)
         self._arrays["seen"][at] = now
 

@@ -66,11 +66,9 @@ def test_evidence_fades_by_the_updates_since_the_prompt_was_seen():
     put(h, 7, 4, 8, ability=0.5, now=2)
     assert visits(h, 7, now=2) == [(4, 8, 0.5)]
     assert visits(h, 7, now=4) == [(1, 2, 0.5)]
-    assert h.evidence(keys(7), 4).age == 2
     put(h, 7, 8, 8, ability=1.5, now=4)
     assert visits(h, 7, now=4) == [(1, 2, 0.5), (8, 8, 1.5)]
     assert visits(h, 7, now=5) == [(0.5, 1, 0.5), (4, 4, 1.5)]
-    assert h.evidence(keys(7), 5).age == 1
 
 
 def test_neighbours_of_nearest_ability_become_one_visit():
@@ -104,13 +102,11 @@ def test_keys_in_any_order_find_their_own_evidence():
         chosen = np.unique(rng.choice(keys(*range(60), 2**63 + 5, 2**64 - 1), 12))
         successes = rng.integers(0, 9, len(chosen)).astype(float)
         h.put(chosen, no_evidence(len(chosen)).with_visit(successes, np.full(len(chosen), 8.0), 0.0), step)
-        by_hand |= dict(zip(chosen.tolist(), zip(successes, [step] * len(chosen), strict=True), strict=True))
+        by_hand |= dict(zip(chosen.tolist(), successes, strict=True))
         assert len(h) == len(by_hand)
     ask = rng.permutation(keys(*range(100), 2**64 - 1))
     found = h.evidence(ask, 20)
-    expected = [by_hand.get(key, (0, 20)) for key in ask.tolist()]
-    assert found.successes.sum(1).tolist() == [successes for successes, _ in expected]
-    assert found.age.tolist() == [20 - step for _, step in expected]
+    assert found.successes.sum(1).tolist() == [by_hand.get(key, 0) for key in ask.tolist()]
 
 
 def test_state_comes_back_and_is_a_copy():
