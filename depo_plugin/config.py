@@ -92,6 +92,7 @@ class EstimatorConfig:
         "frozen", "embed each prompt once (frozen) or train the encoder, too (finetune)", choice("frozen", "finetune")
     )
     model: str | None = setting(None, "encoder, path or hub name (none: the bundled all-MiniLM-L6-v2)", or_none(TEXT))
+    depth: float = setting(0.67, "share of the encoder's layers that is used, from its input on", SHARE)
     max_length: int = setting(512, "tokens of a prompt that are read, counted from its end", integer(8))
     lr: float = setting(5e-4, "learning rate of the heads", POSITIVE)
     encoder_lr_ratio: float = setting(0.2, "the encoder's learning rate, as a multiple of lr", NOT_NEGATIVE)

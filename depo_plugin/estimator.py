@@ -49,6 +49,7 @@ COUNTED = (Reason.EXPLORED, Reason.FORCED, Reason.UNSCORED)  # reasons that are 
 IDENTITY_FLAGS = {
     "encoder": "--depo.estimator.model",
     "mode": "--depo.estimator.mode",
+    "layers": "the number of the encoder's layers (--depo.estimator.depth)",
     "hidden_size": "the encoder's width",
     "vocab_size": "the encoder's vocabulary",
     "group_size": "--rollout.n_samples_per_prompt",
@@ -102,7 +103,7 @@ class DifficultyEstimator:
         self._cfg, self._group_size, self._seed = cfg.estimator, group_size, seed
         self.updates = 0
         with self._seeded(Stream.INIT):
-            self._encoder, self._tokenizer = load_encoder(cfg.estimator.model)
+            self._encoder, self._tokenizer = load_encoder(cfg.estimator.model, cfg.estimator.depth)
             self._frozen = cfg.estimator.mode == "frozen"
             width = self._encoder.config.hidden_size
             model = DifficultyHeads(width) if self._frozen else DifficultyModel(self._encoder)
@@ -451,6 +452,7 @@ class DifficultyEstimator:
         return {
             "encoder": encoder_name(self._cfg.model),
             "mode": self._cfg.mode,
+            "layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
             "group_size": self._group_size,

@@ -34,7 +34,11 @@ class ResidualBlock(nn.Module):
 
 def pool(encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return the mean of the encoder's last hidden states over the real tokens, (B, E), of (B, T) tokens."""
-    tokens_BTE = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return masked_mean(encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
+
+
+def masked_mean(tokens_BTE: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the real tokens, (B, E), of (B, T, E)."""
     mask_BT1 = attention_mask[:, :, None].to(tokens_BTE.dtype)
     return (tokens_BTE * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
 
@@ -100,10 +104,11 @@ def encoder_name(model: str | None) -> str:
     return "all-MiniLM-L6-v2" if model is None else os.path.basename(os.path.normpath(model))
 
 
-def load_encoder(model: str | None):
+def load_encoder(model: str | None, depth: float = 1.0):
     """Return (encoder, tokenizer) of a path or hub name (None: the bundled all-MiniLM-L6-v2), in fp32.
 
-    Only safetensors are read and no code that comes with a model is run. Raises EncoderError saying what to do.
+    depth: share of its layers that is kept. Only safetensors are read and no code that comes with a model is run.
+    Raises EncoderError saying what to do.
     """
     source = str(model or bundled_encoder())
     try:
@@ -115,10 +120,25 @@ def load_encoder(model: str | None):
             f"--depo.estimator.model {source}: cannot be loaded: {reason} It must be a folder or a hub name of an "
             "encoder with safetensors weights and a tokenizer, needing no code of its own."
         ) from err
+    _cut(encoder, depth)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     return encoder, tokenizer
+
+
+def _cut(encoder: nn.Module, depth: float) -> None:
+    """Keep the first layers, a share `depth` of them; all where the layers are not one list of modules.
+
+    The last layers serve what the encoder was trained for; those before tell as much of difficulty, at less cost
+    (layers as features: Tenney et al. 2019; measured in benchmarks/RESULTS.md).
+    """
+    count = encoder.config.num_hidden_layers
+    kept = max(1, round(depth * count))
+    stacks = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if kept < count and len(stacks) == 1:
+        del stacks[0][kept:]
+        encoder.config.num_hidden_layers = kept
 
 
 def weights_digest(encoder: nn.Module) -> str:

@@ -161,7 +161,7 @@ def _ideal(setup: Setup):
 
 def _ridge(setup: Setup):
     cfg = replace(depo_config({}).filter, warmup_steps=0)
-    embedding_NE = texts.embed(setup.policy.pool.prompts, setup.cache or texts.default_cache())
+    _, embedding_NE = texts.embed(setup.policy.pool.prompts, setup.cache or texts.default_cache())
     return LoaderMethod(setup.policy, learners.Ridge(setup.policy, embedding_NE), cfg, setup.seed)
 
 

@@ -1,6 +1,6 @@
 """The prompts' texts, their embeddings, and what a linear model reads from them.
 
-Suffixes: N = prompts of a pool, E = the encoder's width, F = folds.
+Suffixes: N = prompts of a pool, E = the encoder's width, 2 = all layers and those in use.
 """
 
 import functools
@@ -126,44 +126,49 @@ def estimator_cache(cache: Path) -> Path:
 
 
 def embed(texts: list[str], cache: Path) -> np.ndarray:
-    """Return the frozen bundled encoder's mean-pooled embeddings, float32 (N, E), from the cache where it has them."""
+    """Return the frozen bundled encoder's mean-pooled embeddings, float32 (2, N, E), from the cache where it has them.
+
+    The first of all its layers, what a user would measure; the second of those that the recommended estimator uses.
+    """
     path = _embeddings_path(texts, cache)
     if not path.exists():
-        rows_NE = _encode(texts, cache).astype(np.float16)
-        _write(path, lambda file: np.save(file, rows_NE))
+        rows_2NE = _encode(texts, cache).astype(np.float16)
+        _write(path, lambda file: np.save(file, rows_2NE))
     return np.load(path).astype(np.float32)
 
 
 def _encode(texts: list[str], cache: Path) -> np.ndarray:
-    """Embed, into the estimator's own cache on disk as well, so that each text of a pool is embedded once in all."""
+    """Embed as embed() says, into the estimator's own cache as well: each text of a pool is read once in all."""
     import torch
 
     from depo_plugin import encode
     from depo_plugin.embeddings import EmbeddingCache
     from depo_plugin.history import prompt_key
-    from depo_plugin.model import load_encoder, pool, token_limit, weights_digest
+    from depo_plugin.model import load_encoder, masked_mean, token_limit, weights_digest
 
+    cfg = EstimatorConfig()
     encoder, tokenizer = load_encoder(None)
+    used, _ = load_encoder(None, cfg.depth)
     encoder.eval()
-    limit = token_limit(encoder, tokenizer, EstimatorConfig().max_length)
-    store = EmbeddingCache(estimator_cache(cache) / f"{weights_digest(encoder)}-{limit}", encoder.config.hidden_size)
-
-    def compute(missing: np.ndarray) -> np.ndarray:
-        ids = encode.tokenize(tokenizer, [texts[i] for i in missing], limit)
-        rows = np.empty((len(ids), encoder.config.hidden_size), np.float32)
-        order = np.argsort([len(one) for one in ids], kind="stable")  # like lengths together: little padding
-        for batch in (order[i : i + CHUNK] for i in range(0, len(order), CHUNK)):
-            tensors = encode.pad([ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
-            rows[batch] = pool(encoder, *tensors).numpy()
-        return rows
-
+    limit = token_limit(encoder, tokenizer, cfg.max_length)
+    layers = encoder.config.num_hidden_layers, used.config.num_hidden_layers
+    rows_2NE = np.empty((2, len(texts), encoder.config.hidden_size), np.float32)
+    ids = encode.tokenize(tokenizer, texts, limit)
+    order = np.argsort([len(one) for one in ids], kind="stable")  # like lengths together: little padding
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         with torch.inference_mode():
-            return store.get(np.array([prompt_key(text, "") for text in texts], np.uint64), compute)
+            for batch in (order[i : i + CHUNK] for i in range(0, len(order), CHUNK)):
+                tokens, mask = encode.pad([ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
+                states = encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+                for rows_NE, layer in zip(rows_2NE, layers, strict=True):
+                    rows_NE[batch] = masked_mean(states[layer], mask).numpy()
     finally:
         torch.set_num_threads(before)
+    store = EmbeddingCache(estimator_cache(cache) / f"{weights_digest(used)}-{limit}", used.config.hidden_size)
+    store.get(np.array([prompt_key(text, "") for text in texts], np.uint64), lambda missing: rows_2NE[1, missing])
+    return rows_2NE
 
 
 # ── What a ridge regression reads from them ──
@@ -200,7 +205,7 @@ class Ridge:
 
 @functools.lru_cache(maxsize=2)
 def _ridge(path: Path) -> Ridge:
-    return Ridge(np.load(path))
+    return Ridge(np.load(path)[0])
 
 
 def ridge_of(texts: list[str], cache: Path) -> Ridge:
@@ -210,7 +215,7 @@ def ridge_of(texts: list[str], cache: Path) -> Ridge:
 
 
 def _embeddings_path(texts: list[str], cache: Path) -> Path:
-    return cache / f"embeddings-{_digest(texts)}.npy"
+    return cache / f"embeddings-{_digest([*texts, str(EstimatorConfig().depth)])}.npy"
 
 
 def _digest(texts: list[str]) -> str:

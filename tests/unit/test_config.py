@@ -63,7 +63,7 @@ def nested(values):
 
 
 def test_every_setting_has_help_a_kind_and_a_default_that_is_allowed():
-    assert len(config.SETTINGS) == 35
+    assert len(config.SETTINGS) == 36
     for leaf in config.SETTINGS.values():
         assert leaf.help
         assert "\n" not in leaf.help
@@ -136,6 +136,7 @@ def test_every_flag_is_read():
         "advantage.clip": ("5", 5.0),
         "estimator.mode": ("finetune", "finetune"),
         "estimator.model": ("2024", "2024"),
+        "estimator.depth": ("0.5", 0.5),
         "estimator.max_length": ("256", 256),
         "estimator.lr": ("1e-5", 1e-5),
         "estimator.encoder_lr_ratio": ("0", 0.0),
@@ -238,6 +239,7 @@ WRONG = [
     ("advantage.clip", "nnone", "a number above 0, or none. Did you mean none?"),
     ("estimator.model", 7, "a path or a hub name, or none. The default is none."),
     ("estimator.model", " ", "a path or a hub name"),
+    ("estimator.depth", 0, "a number above 0, up to 1. The default is 0.67."),
     ("estimator.max_length", 2, "a whole number of at least 8"),
     ("estimator.lr", 0, "a number above 0"),
     ("estimator.lr", math.inf, "a number above 0"),

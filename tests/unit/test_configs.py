@@ -44,7 +44,7 @@ def test_paper_preset_has_the_papers_numbers():
     est = cfg.estimator
     assert (est.w_distill, est.w_rank, est.rank_delta, est.rank_margin) == (0.5, 3.0, 0.05, 0.5)
     assert (est.lr, est.encoder_lr_ratio, est.max_norm, est.max_length) == (2e-4, 0.2, 1.0, 512)
-    assert est.model == "distilbert-base-uncased"
+    assert (est.model, est.depth) == ("distilbert-base-uncased", 1.0)
     assert (cfg.filter.rule, cfg.filter.low, cfg.filter.high) == ("window", 0.15, 0.85)
     assert (cfg.filter.warmup_steps, cfg.filter.epsilon) == (100, 0.0)
     assert (cfg.advantage.base, cfg.advantage.importance_rescale) == ("group_norm", False)

@@ -36,7 +36,14 @@ def make(folder, monkeypatch):
     monkeypatch.setattr(estimator, "DifficultyModel", narrow)
 
     def build(**given):
-        given = {"model": folder, "mode": "finetune", "dtype": "fp32", "updates_per_step": 1, "replay": 0} | given
+        given = {
+            "model": folder,
+            "mode": "finetune",
+            "dtype": "fp32",
+            "updates_per_step": 1,
+            "replay": 0,
+            "depth": 1.0,
+        } | given
         return DifficultyEstimator(DepoConfig(estimator=EstimatorConfig(**given)), 4, seed=0)
 
     return build

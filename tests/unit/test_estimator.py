@@ -138,7 +138,7 @@ def embeddings(encoder, tokenizer, prompts):
 
 def frozen_embeddings(folder, prompts):
     """Unit embeddings, (B, E), as the cache holds them: rounded to fp16."""
-    encoder, tokenizer = load_encoder(folder)
+    encoder, tokenizer = load_encoder(folder, EstimatorConfig().depth)
     with torch.no_grad():
         rows = torch.stack(embeddings(encoder.eval(), tokenizer, prompts)).half().double()
     return rows / rows.norm(dim=1, keepdim=True)
@@ -320,11 +320,11 @@ def test_the_cache_is_one_for_each_encoder_and_length(make, tmp_path):
     """Scores from a folder that others use, too, are those of the estimator alone."""
     other = tiny_encoder.write(tmp_path / "other", seed=1)
     cache = tmp_path / "cache"
-    settings = [{}, {"model": other}, {"max_length": 12}]
+    settings = [{}, {"model": other}, {"max_length": 12}, {"depth": 1.0}]
     for one in settings:
         shared = make(mode="frozen", cache_dir=cache, **one)
         np.testing.assert_array_equal(score(shared, groups(6)).a, score(make(mode="frozen", **one), groups(6)).a)
-    assert len([folder for folder in cache.iterdir() if folder.is_dir()]) == 3
+    assert len([folder for folder in cache.iterdir() if folder.is_dir()]) == 4
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(either):
@@ -884,6 +884,8 @@ def test_a_state_of_another_estimator_is_refused_by_name(make, tmp_path):
         make(model=other).load_state_dict(state)
     with pytest.raises(CheckpointError, match=r"--depo\.estimator\.mode was finetune, is frozen"):
         make(mode="frozen").load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"layers \(--depo\.estimator\.depth\) was 1, is 2"):
+        make(depth=1.0).load_state_dict(state)
 
 
 def test_frozen_heads_are_refused_by_a_folder_of_the_same_name_with_other_weights(make, folder, tmp_path):

@@ -21,6 +21,7 @@ FLAGS = """
 --depo.advantage.clip
 --depo.estimator.mode
 --depo.estimator.model
+--depo.estimator.depth
 --depo.estimator.max_length
 --depo.estimator.lr
 --depo.estimator.encoder_lr_ratio

@@ -4,6 +4,7 @@ import pytest
 import tiny_encoder
 import torch
 from torch import nn
+from transformers import AlbertConfig, AutoModel, BertConfig, DistilBertConfig, ModernBertConfig
 
 from depo_plugin import encode, model
 from depo_plugin.model import DifficultyHeads, DifficultyModel, EncoderError, load_encoder, pool, weights_digest
@@ -74,6 +75,61 @@ def test_the_model_is_the_heads_on_the_pooled_encoder(loaded):
     heads = DifficultyHeads(tiny_encoder.WIDTH)
     assert set(network.heads.state_dict()) == set(heads.state_dict())
     assert all(name.startswith(("encoder.", "heads.")) for name in network.state_dict())
+
+
+CONFIGS = {
+    "BERT": BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64
+    ),
+    "DistilBERT": DistilBertConfig(vocab_size=50, dim=32, n_layers=6, n_heads=2, hidden_dim=64),
+    "ModernBERT": ModernBertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64, pad_token_id=0
+    ),
+}
+
+
+def written(config, tokenizer, folder):
+    """Write a random encoder; return its folder and the hidden states that it has, the input's first."""
+    encoder = AutoModel.from_config(config).eval()
+    encoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with torch.no_grad():
+        return str(folder), encoder(IDS, output_hidden_states=True).hidden_states
+
+
+IDS = torch.arange(4, 24)[None]
+
+
+@pytest.mark.parametrize("depth", [1e-6, 0.5, 0.67])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_cut_encoder_gives_the_hidden_states_of_its_last_layer(kind, depth, loaded, tmp_path):
+    folder, states = written(CONFIGS[kind], loaded[1], tmp_path)
+    encoder, _ = load_encoder(folder, depth)
+    layers = {1e-6: 1, 0.5: 3, 0.67: 4}[depth]
+    assert encoder.config.num_hidden_layers == layers
+    expected = states[layers]
+    if kind == "ModernBERT":  # it ends with a norm, whatever the number of layers
+        expected = encoder.final_norm(expected)
+    with torch.no_grad():
+        found = encoder.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
+def test_an_encoder_is_whole_at_depth_1_and_where_its_layers_share_weights(loaded, tmp_path):
+    shared = AlbertConfig(
+        vocab_size=50,
+        embedding_size=16,
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        intermediate_size=64,
+    )
+    for config, depth in ((CONFIGS["BERT"], 1.0), (shared, 0.67)):
+        folder, states = written(config, loaded[1], tmp_path / config.model_type)
+        encoder, _ = load_encoder(folder, depth)
+        with torch.no_grad():
+            found = encoder.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
+        torch.testing.assert_close(found, states[6])
 
 
 def test_the_digest_tells_weights_apart_and_nothing_else(folder):

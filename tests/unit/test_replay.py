@@ -107,7 +107,8 @@ def known_embeddings(monkeypatch):
         rng = np.random.default_rng(0)
         _, family_N, level_N = texts.gym_texts(len(prompts), cache)
         columns = np.eye(len(texts.FAMILIES))[family_N]
-        return np.hstack([columns, columns * level_N[:, None], rng.normal(size=(len(prompts), 4))])
+        rows_NE = np.hstack([columns, columns * level_N[:, None], rng.normal(size=(len(prompts), 4))])
+        return np.stack([rows_NE, rows_NE])
 
     monkeypatch.setattr(texts, "_encode", encode)
 
@@ -188,7 +189,7 @@ def test_pool_file_from_the_command_line(tmp_path, monkeypatch, capsys):
     path.write_text(
         "".join(json.dumps({"prompt": f"p{i}", "pass_rate": float(r)}) + "\n" for i, r in enumerate(rates))
     )
-    monkeypatch.setattr(texts, "_encode", lambda prompts, cache: x)
+    monkeypatch.setattr(texts, "_encode", lambda prompts, cache: np.stack([x, x]))
     out = tmp_path / "out" / "rows.json"
     names = "grpo,dynamic,history_only,ideal,oracle"
     options = ["--methods", names, "--seeds", "1", "--quick", "--json", str(out), "--cache", str(tmp_path)]

@@ -37,7 +37,7 @@ def make(loaded, monkeypatch, request):
     for part in (DifficultyHeads, DifficultyModel):
         monkeypatch.setattr(estimator, part.__name__, lambda x, part=part: part(x, hidden=32))
 
-    monkeypatch.setattr(estimator, "load_encoder", lambda model: copy.deepcopy(loaded))  # many are built
+    monkeypatch.setattr(estimator, "load_encoder", lambda model, depth: copy.deepcopy(loaded))  # many are built
 
     def build(seed=0, cache_dir=None, history=None, **changes):
         fixed = {"mode": request.param, "dtype": "fp32", "replay": 8, "updates_per_step": 1}
