@@ -40,12 +40,16 @@ CHANGES = {
     "window 0.1 to 0.9": {"filter.low": 0.1, "filter.high": 0.9},
     "window 0.2 to 0.8": {"filter.low": 0.2, "filter.high": 0.8},
     "no exploration": {"filter.epsilon": 0.0},
+    "all layers of the encoder": {"estimator.depth": 1.0},
+    "half of the encoder's layers": {"estimator.depth": 0.5},
 }
 FINETUNE = {
     "finetune": {"estimator.mode": "finetune"},
+    "finetune, all layers": {"estimator.mode": "finetune", "estimator.depth": 1.0},
     "finetune without sharing": {"estimator.mode": "finetune", "history.share": False},
     "the paper's training (finetune, lr 2e-4, no replay)": {
         "estimator.mode": "finetune",
+        "estimator.depth": 1.0,
         "estimator.lr": 2e-4,
         "estimator.replay": 0,
         "history.share": False,

@@ -83,31 +83,31 @@ def _questions(family: str, config: dict, seed: int, count: int) -> list[str]:
     return list(found)
 
 
-def gym_texts(size: int, cache: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+def gym_texts(size: int, cache: Path, families=FAMILIES) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return `size` different questions, each one's family_N and its level_N from 0 to 1; the same in every run.
 
     Families and levels are equally frequent, as far as short families have that many different questions.
     """
-    spec = [FAMILIES, LEVELS, size, HELD_BACK, DRAWN_PER_WANTED, version("reasoning-gym")]
+    spec = [families, LEVELS, size, HELD_BACK, DRAWN_PER_WANTED, version("reasoning-gym")]
     path = cache / f"texts-{_digest([json.dumps(spec)])}.json"
     if path.exists():
         rows = json.loads(path.read_text(encoding="utf-8"))
     else:
-        rows = _draw_texts(size)
+        rows = _draw_texts(size, families)
         _write(path, lambda file: file.write(json.dumps(rows).encode()))
     texts, family_N, level_N = zip(*rows, strict=True)
     return list(texts), np.array(family_N), np.array(level_N)
 
 
-def _draw_texts(size: int) -> list[tuple[str, int, float]]:
-    levels = {name: _levels(name) for name in FAMILIES}
+def _draw_texts(size: int, families: tuple[str, ...]) -> list[tuple[str, int, float]]:
+    levels = {name: _levels(name) for name in families}
     wanted = -(-size // sum(map(len, levels.values())))
     while True:
         seen: set[str] = set()
         rows = []
         for family, configs in enumerate(levels.values()):
             for level, config in enumerate(configs):
-                found = _questions(FAMILIES[family], config, 1 + family * LEVELS + level, wanted)
+                found = _questions(families[family], config, 1 + family * LEVELS + level, wanted)
                 new = [text for text in found if text not in seen]
                 seen.update(new)
                 rows += [(text, family, level / (len(configs) - 1)) for text in new]
