@@ -19,7 +19,7 @@ from depo_plugin.model import load_encoder, masked_mean, token_limit
 
 OTHERS = tuple(
     "ab binary_alternation bitwise_arithmetic count_primes decimal_arithmetic dice group_anagrams letter_jumble "
-    "number_filtering number_format number_sequence number_sorting polynomial_multiplication power_function "
+    "number_filtering number_format number_sorting polynomial_multiplication power_function "
     "propositional_logic ransom_note simple_geometry string_manipulation word_sorting".split()
 )
 SETS = {"the pools' families": texts.FAMILIES, "other families": OTHERS}
