@@ -11,11 +11,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from benchmarks.replay import texts
-from depo_plugin import encode
-from depo_plugin.model import load_encoder, masked_mean, token_limit
 
 OTHERS = tuple(
     "ab binary_alternation bitwise_arithmetic count_primes decimal_arithmetic dice group_anagrams letter_jumble "
@@ -27,35 +24,12 @@ PROMPTS, TESTED = 3000, 1000
 TOLD = (320, 640, 1280, 2000)
 SPREAD, NOISE = 2.0, 2.0  # of the text's part and of what it does not tell
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-CHUNK = 24
-
-
-def hidden_states(prompts: list[str]) -> np.ndarray:
-    """Return each layer's mean-pooled hidden states, the input's first, float64 of unit length, (layers, N, E)."""
-    encoder, tokenizer = load_encoder(None)
-    encoder.eval()
-    ids = encode.tokenize(tokenizer, prompts, token_limit(encoder, tokenizer, 512))
-    order = np.argsort([len(one) for one in ids], kind="stable")
-    shape = encoder.config.num_hidden_layers + 1, len(ids), encoder.config.hidden_size
-    rows_LNE = np.empty(shape)
-    with torch.inference_mode():
-        for batch in (order[i : i + CHUNK] for i in range(0, len(order), CHUNK)):
-            tokens, mask = encode.pad([ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
-            states = encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-            for rows_NE, state in zip(rows_LNE, states, strict=True):
-                rows_NE[batch] = masked_mean(state, mask).numpy()
-    return rows_LNE / np.linalg.norm(rows_LNE, axis=2, keepdims=True)
 
 
 def r_squared(x_NE: np.ndarray, text_N: np.ndarray, logit_N: np.ndarray, told: int) -> float:
     """Return R² of text_N on the last TESTED prompts, told logit_N of the first ones."""
-    x_in, x_out = x_NE[:told], x_NE[-TESTED:]
-    mean, found = logit_N[:told].mean(), []
-    for penalty in PENALTIES:
-        system = x_in.T @ x_in + penalty * np.eye(x_in.shape[1])
-        out = mean + x_out @ np.linalg.solve(system, x_in.T @ (logit_N[:told] - mean))
-        found.append(1 - np.mean((out - text_N[-TESTED:]) ** 2) / text_N[-TESTED:].var())
-    return float(max(found))
+    found = texts.ridge_predictions(x_NE[:told], logit_N[:told], x_NE[-TESTED:], PENALTIES)
+    return float(max(1 - np.mean((out - text_N[-TESTED:]) ** 2) / text_N[-TESTED:].var() for out in found))
 
 
 def main() -> None:
@@ -67,7 +41,8 @@ def main() -> None:
     rows = []
     for name, families in SETS.items():
         prompts, family_N, level_N = texts.gym_texts(PROMPTS, texts.default_cache(), families)
-        states_LNE = hidden_states(prompts)
+        states_LNE = texts.layer_means(prompts).astype(np.float64)
+        states_LNE /= np.linalg.norm(states_LNE, axis=2, keepdims=True)
         for seed in range(args.seeds):
             rng = np.random.default_rng(seed)
             effect, slope = rng.normal(size=len(families)), rng.uniform(0.5, 1.5, size=len(families))

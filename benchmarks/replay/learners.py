@@ -5,6 +5,7 @@ Suffixes: N = prompts of the pool, B = prompts of one call, K = points of the gr
 
 import numpy as np
 
+from benchmarks.replay.texts import ridge_predictions
 from benchmarks.replay.world import Policy, sigmoid, signal_chance
 from depo_plugin.filter import signal_probability
 from depo_plugin.history import Scores
@@ -135,13 +136,8 @@ class Ridge(Ideal):
     def observe(self, labels: list[Label]) -> dict:
         """Fit the regression anew."""
         self._met[self._indices([label.prompt for label in labels])] = True
-        x_BE, logit_B = self._x_NE[self._met], self.pool.logit_N[self._met]
-        told = x_BE.T @ x_BE, x_BE.T @ (logit_B - logit_B.mean())
-        eye = np.eye(len(told[0]))
-        found = [
-            logit_B.mean() + self._x_NE @ np.linalg.solve(told[0] + penalty * eye, told[1])
-            for penalty in self.PENALTIES
-        ]
+        told = self._x_NE[self._met], self.pool.logit_N[self._met]
+        found = ridge_predictions(*told, self._x_NE, self.PENALTIES)
         self._predict(min(found, key=lambda text_N: float(np.std(text_N - self.pool.text_N))))
         return super().observe(labels)
 

@@ -1,6 +1,6 @@
 """The prompts' texts, their embeddings, and what a linear model reads from them.
 
-Suffixes: N = prompts of a pool, E = the encoder's width, 2 = all layers and those in use.
+Suffixes: N = prompts of a pool, E = the encoder's width, L = layers, 2 = all layers and those in use, B = those told.
 """
 
 import functools
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -139,21 +140,34 @@ def embed(texts: list[str], cache: Path) -> np.ndarray:
 
 def _encode(texts: list[str], cache: Path) -> np.ndarray:
     """Embed as embed() says, into the estimator's own cache as well: each text of a pool is read once in all."""
+    from depo_plugin.embeddings import EmbeddingCache
+    from depo_plugin.history import prompt_key
+    from depo_plugin.model import load_encoder, token_limit, weights_digest
+
+    cfg = EstimatorConfig()
+    used, tokenizer = load_encoder(None, cfg.depth)
+    rows_2NE = layer_means(texts, (-1, used.config.num_hidden_layers))
+    limit = token_limit(used, tokenizer, cfg.max_length)
+    store = EmbeddingCache(estimator_cache(cache) / f"{weights_digest(used)}-{limit}", used.config.hidden_size)
+    store.get(np.array([prompt_key(text, "") for text in texts], np.uint64), lambda missing: rows_2NE[1, missing])
+    return rows_2NE
+
+
+def layer_means(texts: list[str], layers: Sequence[int] | None = None) -> np.ndarray:
+    """Return the bundled encoder's mean-pooled hidden states after these layers, float32 (layers, N, E).
+
+    0 is its input, -1 its last layer; None: all of them, the input's first.
+    """
     import torch
 
     from depo_plugin import encode
-    from depo_plugin.embeddings import EmbeddingCache
-    from depo_plugin.history import prompt_key
-    from depo_plugin.model import load_encoder, masked_mean, token_limit, weights_digest
+    from depo_plugin.model import load_encoder, masked_mean, token_limit
 
-    cfg = EstimatorConfig()
     encoder, tokenizer = load_encoder(None)
-    used, _ = load_encoder(None, cfg.depth)
     encoder.eval()
-    limit = token_limit(encoder, tokenizer, cfg.max_length)
-    layers = encoder.config.num_hidden_layers, used.config.num_hidden_layers
-    rows_2NE = np.empty((2, len(texts), encoder.config.hidden_size), np.float32)
-    ids = encode.tokenize(tokenizer, texts, limit)
+    layers = range(encoder.config.num_hidden_layers + 1) if layers is None else layers
+    rows_LNE = np.empty((len(layers), len(texts), encoder.config.hidden_size), np.float32)
+    ids = encode.tokenize(tokenizer, texts, token_limit(encoder, tokenizer, EstimatorConfig().max_length))
     order = np.argsort([len(one) for one in ids], kind="stable")  # like lengths together: little padding
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
@@ -162,16 +176,21 @@ def _encode(texts: list[str], cache: Path) -> np.ndarray:
             for batch in (order[i : i + CHUNK] for i in range(0, len(order), CHUNK)):
                 tokens, mask = encode.pad([ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
                 states = encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-                for rows_NE, layer in zip(rows_2NE, layers, strict=True):
+                for rows_NE, layer in zip(rows_LNE, layers, strict=True):
                     rows_NE[batch] = masked_mean(states[layer], mask).numpy()
     finally:
         torch.set_num_threads(before)
-    store = EmbeddingCache(estimator_cache(cache) / f"{weights_digest(used)}-{limit}", used.config.hidden_size)
-    store.get(np.array([prompt_key(text, "") for text in texts], np.uint64), lambda missing: rows_2NE[1, missing])
-    return rows_2NE
+    return rows_LNE
 
 
 # ── What a ridge regression reads from them ──
+
+
+def ridge_predictions(x_BE: np.ndarray, y_B: np.ndarray, x_NE: np.ndarray, penalties) -> list[np.ndarray]:
+    """Return for each penalty the prediction at x_NE, float64 (N,), of a ridge regression told y_B at x_BE."""
+    mean = y_B.mean()
+    gram, moment, eye = x_BE.T @ x_BE, x_BE.T @ (y_B - mean), np.eye(x_BE.shape[1])
+    return [mean + x_NE @ np.linalg.solve(gram + penalty * eye, moment) for penalty in penalties]
 
 
 class Ridge:

@@ -77,6 +77,7 @@ def test_the_model_is_the_heads_on_the_pooled_encoder(loaded):
     assert all(name.startswith(("encoder.", "heads.")) for name in network.state_dict())
 
 
+IDS = torch.arange(4, 24)[None]
 CONFIGS = {
     "BERT": BertConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64
@@ -95,9 +96,6 @@ def written(config, tokenizer, folder):
     tokenizer.save_pretrained(folder)
     with torch.no_grad():
         return str(folder), encoder(IDS, output_hidden_states=True).hidden_states
-
-
-IDS = torch.arange(4, 24)[None]
 
 
 @pytest.mark.parametrize("depth", [1e-6, 0.5, 0.67])
