@@ -13,19 +13,20 @@ import logging
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from depo_plugin import checkpoint, config
-from depo_plugin.estimator import DifficultyEstimator
 
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
 PLACEMENT_TIMEOUT_S = 120
 SAVE_TIMEOUT_S = 600
 SOUND = 3  # answers in a row that end a fault: an estimator that gives every second one has it still
+ANY = "any"  # what every answer counts for, beside its own method
 TALLY = {  # what each process adds to the step's metrics
     "time_blocked": "seconds that training waited for the estimator",
     "labels_unsent": "groups since the last step that were not learned from, because the estimator was behind",
@@ -60,6 +61,8 @@ class EstimatorActor:
     def build(self) -> None:
         """Build the estimator on this actor's device: a DeepSpeed engine with a GPU share, plain torch without."""
         import torch
+
+        from depo_plugin.estimator import DifficultyEstimator  # seconds of imports: no part of being placed
 
         cfg = config.from_namespace(self.args.depo)
         strategy = None
@@ -181,92 +184,108 @@ def create(args, group_size: int, snapshot_root: str, placement_group=None):
     return actor
 
 
+class Call(NamedTuple):
+    """A call that was sent to the actor, and the reference of its answer."""
+
+    method: str
+    ref: ray.ObjectRef
+
+
 class PendingScores:
     """Scores that the estimator is computing; result() waits at most the handle's timeout."""
 
-    def __init__(self, handle, ref):
-        self._handle, self._ref = handle, ref
+    def __init__(self, handle, call: Call | None):
+        self._handle, self._call = handle, call
 
     def result(self):
         """Return the Scores, or None where the estimator could not give them in time."""
-        return self._handle.wait(self._ref, self._handle.timeout_s)
+        return self._handle.wait(self._call, self._handle.timeout_s)
 
 
 class EstimatorHandle:
     """The estimator as other processes see it; faults of the actor become None and one warning.
 
-    Until it is sound again, each wait in vain leaves a tenth of the patience for the next: all together take little
-    more than one timeout, however long the estimator is slow.
+    It is sound again after SOUND answers in a row, and where a method raised, after as many of that method: the others
+    may well go on answering. Until then, each wait in vain leaves a tenth of the patience for the next: all together
+    take little more than one timeout, however long the estimator is slow.
     """
 
     def __init__(self, actor, timeout_s: float):
         self.actor = actor
         self.timeout_s = timeout_s
         self.tally = dict.fromkeys(TALLY, 0.0)
-        self._faulty = False  # the warning was given
-        self._answers = 0  # in a row
+        self._owed = Counter()  # answers that end the fault which was warned of, by method and ANY; empty: no fault
         self._vain = 0  # waits in vain since the estimator was last sound
         self._behind = False  # after one, until the call sent last is answered
-        self._last = None  # the call sent last: this process's calls run in order, so all others are answered before
-        self._unheard = []  # calls that no one waits for
+        self._last = None  # the reference sent last: this process's calls run in order, all others are answered before
+        self._unheard = {}  # reference -> method of the calls that no one waits for
 
-    def wait(self, ref, timeout_s: float):
-        """Return what ref gives, or None where the actor died, failed or took too long, or nothing was sent."""
-        if ref is None:
+    def wait(self, call: Call | None, timeout_s: float):
+        """Return the call's answer, or None where the actor died, failed or took too long, or nothing was sent."""
+        if call is None:
             return None
         behind, start = self._is_behind(), time.perf_counter()
         try:
-            value = ray.get(ref, timeout=0 if behind else timeout_s * 0.1**self._vain)
+            value = ray.get(call.ref, timeout=0 if behind else timeout_s * 0.1**self._vain)
         except GetTimeoutError as error:
             if not behind:
                 self._behind, self._vain = True, self._vain + 1
-                self._fault(error)
+                self._fault(error, call.method)
             return None
         except RayError as error:  # its process died or had no memory, a node with it, its code raised
-            self._fault(error)
+            self._fault(error, call.method)
             return None
         finally:
             self.tally["time_blocked"] += time.perf_counter() - start
-        self._answers += not behind
-        if self._answers >= SOUND:
-            self._vain = 0
-            if self._faulty:
-                logger.warning("DEPO: the difficulty estimator answers again; prompts are filtered as before.")
-            self._faulty = False
+        self._answered(call.method, *([] if behind else [ANY]))
         return value
 
     def _is_behind(self) -> bool:
         self._behind = self._behind and not ray.wait([self._last], timeout=0)[0]
         return self._behind
 
-    def _fault(self, error):
-        if not self._faulty:
+    def _fault(self, error, method: str):
+        if not self._owed:
             logger.warning(
                 "DEPO: the difficulty estimator did not answer (%s: %s). Training goes on, without filtering where it "
                 "gives no scores. If it is only slow, raise --depo.estimator.timeout_s or num_cpus.",
                 type(error).__name__,
                 str(error).strip().splitlines()[-1] if str(error).strip() else "",
             )
-        self._faulty, self._answers = True, 0
+        self._owed[ANY] = SOUND
+        if isinstance(error, RayTaskError):
+            self._owed[method] = SOUND
 
-    def _call(self, method: str, *args):
-        """Send a call and return its reference; None, and nothing is sent, while the estimator is behind."""
+    def _answered(self, *counts: str):
+        if not self._owed:
+            return
+        self._owed -= Counter(counts)  # keeps what is above 0
+        if not self._owed:
+            self._vain = 0
+            logger.warning("DEPO: the difficulty estimator answers again; prompts are filtered as before.")
+
+    def _call(self, method: str, *args) -> Call | None:
+        """Send a call; None, and nothing is sent, while the estimator is behind."""
         if self._is_behind():
             return None
         self._last = getattr(self.actor, method).remote(*args)
-        return self._last
+        return Call(method, self._last)
 
     def _tell(self, method: str, *args) -> bool:
         """Send a call that no one waits for and return whether it was sent; say if one of those before has failed."""
-        ref = self._call(method, *args)
-        if ref is None:
+        call = self._call(method, *args)
+        if call is None:
             return False
-        ended, self._unheard = ray.wait([*self._unheard, ref], num_returns=len(self._unheard) + 1, timeout=0)
-        for one in ended:
+        self._unheard[call.ref] = method
+        ended, _ = ray.wait(list(self._unheard), num_returns=len(self._unheard), timeout=0)
+        for ref in ended:
+            told = self._unheard.pop(ref)
             try:
-                ray.get(one)
+                ray.get(ref)
             except RayError as error:
-                self._fault(error)
+                self._fault(error, told)
+            else:
+                self._answered(told)
         return True
 
     def take_tally(self) -> dict[str, float]:
@@ -287,10 +306,10 @@ class EstimatorHandle:
         """Return keep probabilities and kept/scanned of these prompts, None where the estimator cannot answer."""
         return self.wait(self._call("keep_weights", prompts, labels), self.timeout_s)
 
-    def observe(self, labels: list):
+    def observe(self, labels: list) -> Call | None:
         """Send one step's labels, to be judged and learned, without waiting.
 
-        The returned reference gives the step's metrics, before the learning (if that fails, the next call tells); None
+        The returned call's answer is the step's metrics, before the learning (if that fails, a later call tells); None
         where the estimator is behind: these labels are not learned from.
         """
         metrics = self._call("observe", labels)
