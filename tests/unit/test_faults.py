@@ -35,7 +35,9 @@ from test_remote import (
     arguments,
     label,
     learn,
+    on,
     pid_of,
+    restore,
     same,
     score,
     warnings_of,
@@ -312,11 +314,6 @@ def scored(step) -> bool:
     return step.get("kept") == BATCH and step["unscored"] == 0
 
 
-def on(actor, function):
-    """Call function(host) in the actor's process."""
-    return ray.get(actor.__ray_call__.remote(function), timeout=DEADLINE_S)
-
-
 def slow_down(actor, method, seconds, flag=None):
     """Let a method of the actor's estimator write `flag` and sleep before it does its work."""
 
@@ -330,16 +327,6 @@ def slow_down(actor, method, seconds, flag=None):
             return work(*args)
 
         setattr(host.estimator, method, slow)
-
-    on(actor, patch)
-
-
-def restore(actor, *methods):
-    """Give the actor's estimator its own methods back."""
-
-    def patch(host):
-        for method in methods:
-            delattr(host.estimator, method)
 
     on(actor, patch)
 

@@ -63,8 +63,23 @@ def same(one, other):
     return one.updates == other.updates and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)
 
 
+def on(actor, function):
+    """Call function(host) in the actor's process."""
+    return ray.get(actor.__ray_call__.remote(function), timeout=DEADLINE_S)
+
+
+def restore(actor, *methods):
+    """Give the actor's estimator its own methods back."""
+
+    def patch(host):
+        for method in methods:
+            delattr(host.estimator, method)
+
+    on(actor, patch)
+
+
 def pid_of(actor):
-    return ray.get(actor.__ray_call__.remote(lambda host: os.getpid()), timeout=DEADLINE_S)
+    return on(actor, lambda host: os.getpid())
 
 
 def warnings_of(caplog):
@@ -215,12 +230,12 @@ def test_a_method_that_fails_at_each_step_is_one_fault_however_much_the_others_a
         for _ in range(2 * remote.SOUND):  # as many windows of candidates; the learning has ended before
             assert score(handle) is not None
 
-    ray.get(actor.__ray_call__.remote(fail), timeout=DEADLINE_S)
+    on(actor, fail)
     try:
         for _ in range(5):
             step()
     finally:
-        ray.get(actor.__ray_call__.remote(lambda host: delattr(host.estimator, "learn")), timeout=DEADLINE_S)
+        restore(actor, "learn")
     (warning,) = warnings_of(caplog)
     assert "did not answer (RayTaskError(MemoryError)" in warning
     for _ in range(remote.SOUND):  # each hears of the learning before its own
@@ -244,7 +259,7 @@ def test_an_answer_that_is_lost_on_its_way_is_no_answer(actor, handle, caplog):
 @pytest.mark.parametrize("how", ["killed by the system", "killed by Ray"])
 def test_a_dead_estimator_comes_back_with_its_newest_checkpoint(how, actor, handle, caplog):
     saved = score(handle)
-    root = Path(ray.get(actor.__ray_call__.remote(lambda host: str(host.root))))
+    root = Path(on(actor, lambda host: str(host.root)))
     assert handle.save("global_step3", {"global_step1", "global_step2"}) > 0
     (root / "global_step4").mkdir()  # newer, and damaged: passed over
     learn(handle, label(3, 1.0))
