@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -50,7 +51,13 @@ STACK_ENV = {
     "TORCH_EXTENSIONS_DIR": str(VENV / "torch_extensions"),
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
+    # Ray's two metrics servers take a free port each, so that several heads can run on one machine.
+    "AUTOSCALER_METRIC_PORT": "0",
+    "DASHBOARD_METRIC_PORT": "0",
 }
+
+# Flags of `ray start` whose default is a fixed port, or a fixed range of ports; 0 takes any free port.
+FREE_PORTS = "--port 0 --min-worker-port 0 --max-worker-port 0 --dashboard-port 0 --dashboard-agent-listen-port 0"
 
 
 def stack_env(python_path=PATCHED, **extra) -> dict[str, str]:
@@ -105,13 +112,18 @@ def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_
     """
     mark = uuid.uuid4().hex
     env = env | {MARK: mark}
-    with tempfile.TemporaryDirectory(prefix="depo-ray-", ignore_cleanup_errors=True) as temp_dir:
+    temporary = tempfile.TemporaryDirectory(prefix="depo-ray-", ignore_cleanup_errors=True)
+    with temporary as temp_dir, socket.socket() as reserved:
+        # Ray's client server does not accept port 0. It can listen on a port that this process has only reserved.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("", 0))
         log = Path(temp_dir) / "head.log"
-        command = f"-m ray.scripts.scripts start --head --block --port 0 --num-cpus {num_cpus} --num-gpus {num_gpus}"
+        command = f"-m ray.scripts.scripts start --head --block --num-cpus {num_cpus} --num-gpus {num_gpus}"
+        ports = f"{FREE_PORTS} --ray-client-server-port {reserved.getsockname()[1]}"
         flags = ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={temp_dir}"]
         with log.open("w") as out:
             head = subprocess.Popen(
-                [PYTHON, *command.split(), *flags],
+                [PYTHON, *command.split(), *ports.split(), *flags],
                 env=env,
                 stdout=out,
                 stderr=subprocess.STDOUT,

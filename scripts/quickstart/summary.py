@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections import defaultdict
+from math import isnan, nan
 from pathlib import Path
 from statistics import fmean, median
 
@@ -42,9 +43,27 @@ def has_signal(rewards: list[float]) -> bool:
     return max(rewards) > min(rewards)
 
 
-def _percent(values) -> str:
-    values = list(values)
-    return f"{fmean(values):.0%}" if values else "-"
+def column(rows: list[dict], name: str) -> list[float]:
+    """Return a metric of each row; NaN for a row without it, for example a step whose estimator did not answer."""
+    return [row.get(name, nan) for row in rows]
+
+
+def unfiltered_ratio(rows: list[dict]) -> list[float]:
+    """Return the estimated share of groups with signal without the filter, one per row.
+
+    It is ratio / gain. NaN for a row without these metrics, and for a step without any signal: both are 0 there.
+    """
+    pairs = zip(column(rows, "depo/effective_ratio"), column(rows, "depo/effective_gain"), strict=True)
+    return [ratio / gain if gain else nan for ratio, gain in pairs]
+
+
+def _known(values) -> list[float]:
+    return [value for value in values if not isnan(value)]
+
+
+def _mean(values, form: str = ".0%") -> str:
+    known = _known(values)
+    return f"{fmean(known):{form}}" if known else "-"
 
 
 def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[str]:
@@ -53,19 +72,17 @@ def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[st
     steps = [row for row in rows if "eval" not in row]
     evals = [eval_pass_rate(row["eval"]) for row in rows if "eval" in row]
     groups = training_groups(out, group_size)
-    ratio = f"{fmean(map(has_signal, groups)):.0%}"
+    ratio = _mean(map(has_signal, groups))
     if method == "depo":
         # Decisions lag one update: the last prompts kept unseen are those of the step after the warm-up.
         before, after = steps[: warmup_steps + 1], steps[warmup_steps + 1 :]
-        kept = f"{_percent(row['depo/keep_rate'] for row in before)} in warm-up, " + (
-            f"{_percent(row['depo/keep_rate'] for row in after)} after"
+        kept = f"{_mean(column(before, 'depo/keep_rate'))} in warm-up, {_mean(column(after, 'depo/keep_rate'))} after"
+        ratio = f"{_mean(column(after, 'depo/effective_ratio'))} with the filter, " + (
+            f"{_mean(unfiltered_ratio(after))} without (estimated on the same stream)"
         )
-        unfiltered = [row["depo/effective_ratio"] / row["depo/effective_gain"] for row in after]
-        ratio = f"{_percent(row['depo/effective_ratio'] for row in after)} with the filter, " + (
-            f"{_percent(unfiltered)} without (estimated on the same stream)"
-        )
-        more = f"{steps[-1]['depo/rollouts_saved']:.0f} beside the {len(groups) * group_size} made"
-        rates = [row["depo/reward_unfiltered"] for row in steps]
+        saved = _known(column(steps, "depo/rollouts_saved"))[-1:]  # a running total
+        more = f"{_mean(saved, '.0f')} beside the {len(groups) * group_size} made"
+        rates = _known(column(steps, "depo/reward_unfiltered"))
     else:
         kept = "100% (no filter before the rollout)"
         trained = sum(row["rollout/num_samples"] for row in steps)
@@ -79,7 +96,7 @@ def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[st
         f"keep rate              {kept}",
         f"groups with signal     {ratio}",
         f"{'dynamic would pay more' if method == 'depo' else 'rollouts              '} {more}",
-        f"pass rate, first/last  {fmean(rates[:ends]):.3f} -> {fmean(rates[-ends:]):.3f} in training{held_out}",
+        f"pass rate, first/last  {_mean(rates[:ends], '.3f')} -> {_mean(rates[-ends:], '.3f')} in training{held_out}",
     ]
 
 
@@ -96,13 +113,12 @@ def draw(out: Path, method: str, group_size: int) -> Path:
     x = [row["step"] for row in steps]
     figure, (signal, reward, error) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
     if method == "depo":
-        unfiltered = [row["depo/effective_ratio"] / row["depo/effective_gain"] for row in steps]
-        signal.plot(x, unfiltered, "--", color="gray", label="without the filter (estimated)")
-        signal.plot(x, [row["depo/effective_ratio"] for row in steps], label="groups with signal")
-        signal.plot(x, [row["depo/keep_rate"] for row in steps], label="keep rate")
-        reward.plot(x, [row["depo/reward_unfiltered"] for row in steps], label="training, unfiltered stream")
-        error.plot(x, [row["depo/mae"] for row in steps], label="mean absolute error")
-        error.plot(x, [row.get("depo/spearman", float("nan")) for row in steps], label="rank correlation")
+        signal.plot(x, unfiltered_ratio(steps), "--", color="gray", label="without the filter (estimated)")
+        signal.plot(x, column(steps, "depo/effective_ratio"), label="groups with signal")
+        signal.plot(x, column(steps, "depo/keep_rate"), label="keep rate")
+        reward.plot(x, column(steps, "depo/reward_unfiltered"), label="training, unfiltered stream")
+        error.plot(x, column(steps, "depo/mae"), label="mean absolute error")
+        error.plot(x, column(steps, "depo/spearman"), label="rank correlation")
         error.set_title("predicted against measured pass rate")
         error.legend()
     else:
