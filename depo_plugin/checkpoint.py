@@ -152,18 +152,19 @@ def latest_valid(root: Path, tag: str) -> tuple[str, dict] | None:
     return _first_valid([asked, *older])
 
 
-def point(root: Path, tag: str | None) -> None:
-    """Write down which checkpoint this run last saved or resumed from; None: it has none yet."""
+def point(root: Path, run: str, tag: str) -> None:
+    """Write down which checkpoint a run last saved or resumed from. run: the launch's id."""
     root.mkdir(parents=True, exist_ok=True)
     partial = root / (LATEST + PARTIAL)
-    _write(partial, (tag or "").encode())
+    _write(partial, f"{run} {tag}".encode())
     partial.replace(root / LATEST)
 
 
-def pointed(root: Path) -> str | None:
-    """Return the tag that point() wrote, None where there is none."""
+def pointed(root: Path, run: str) -> str | None:
+    """Return the tag that point() wrote for this run; None if there is none, or it is an earlier run's."""
     path = root / LATEST
-    return (path.read_text(encoding="utf-8") or None) if path.exists() else None
+    noted_run, _, tag = path.read_text(encoding="utf-8").partition(" ") if path.exists() else ("", "", "")
+    return tag if tag and noted_run == run else None
 
 
 def prune(root: Path, keep: set[str]) -> None:

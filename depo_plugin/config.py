@@ -9,7 +9,7 @@ line each: the flag, the value, what is allowed, the fix.
 import argparse
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -30,6 +30,11 @@ from depo_plugin.kinds import (
 )
 from depo_plugin.resources import resource_dir
 from depo_plugin.yaml_io import YamlError, dump, flag_value, read_file, show
+
+SWITCH_FLAG, BASE_FLAG = "--advantage_estimator", "--algo.advantage.estimator"
+DEFAULT_BASE = "group_norm"  # the paper's
+BASES = (DEFAULT_BASE, "dr_grpo", "rloo", "reinforce_baseline", "reinforce", "flash_reinforce")
+WHITENING = ("reinforce_baseline", "reinforce")  # OpenRLHF whitens their advantages over the whole batch
 
 
 class ConfigError(ValueError):
@@ -68,17 +73,19 @@ class FilterConfig:
 class LabelsConfig:
     """What the estimator learns from."""
 
-    reward_range: tuple[float, float] = setting((0.0, 1.0), "score of a wrong and of a right response", RANGE)
+    reward_range: tuple[float, float] = setting(
+        (0.0, 1.0), "score of a wrong and of a right response; scores outside are clipped", RANGE
+    )
 
 
 @dataclass(frozen=True)
 class AdvantageConfig:
     """What becomes of OpenRLHF's advantages."""
 
-    base: str = setting(
-        "group_norm",
-        "OpenRLHF's estimator that computes the advantages",
-        choice("group_norm", "dr_grpo", "rloo", "reinforce_baseline"),
+    base: str | None = setting(
+        None,
+        "the advantage estimator (none: --algo.advantage.estimator, else group_norm)",
+        or_none(choice(*BASES)),
     )
     importance_rescale: bool = setting(False, "weight groups by (1/q) * kept/scanned, q: chance of being kept", SWITCH)
     clip: float | None = setting(None, "upper bound of that weight", or_none(POSITIVE))
@@ -278,29 +285,62 @@ def _clashes(cfg: DepoConfig, named: Callable[[str], str]) -> Iterator[tuple[tup
         fix = "Leave it at 1, or use --depo.filter.budget data."
         yield keys, f"{named(keys[0])}: has no meaning with {named(keys[1])}. {fix}"
     keys = ("advantage.importance_rescale", "advantage.base")
-    if cfg.advantage.importance_rescale and cfg.advantage.base == "reinforce_baseline":
-        fix = "Turn it off, or use --depo.advantage.base group_norm."
-        yield (
-            keys,
-            f"{named(keys[0])}: cannot go with {named(keys[1])}, which whitens the advantages afterwards. {fix}",
-        )
+    if cfg.advantage.importance_rescale and cfg.advantage.base in WHITENING:
+        yield keys, _whitened(*map(named, keys))
     keys = ("advantage.clip", "advantage.importance_rescale")
     if cfg.advantage.clip is not None and not cfg.advantage.importance_rescale:
         fix = "Leave it at none, or add --depo.advantage.importance_rescale."
         yield keys, f"{named(keys[0])}: bounds a weight that is off with {named(keys[1])}. {fix}"
 
 
-def conflicts(cfg: DepoConfig, args: Any) -> list[str]:
-    """What in OpenRLHF's own flags cannot go with DEPO, one line each.
+def _whitened(rescale: str, base: str) -> str:
+    """Return the fault of importance weights on advantages that are whitened after them, by both flags and values."""
+    fix = f"Turn it off, or use --depo.advantage.base {DEFAULT_BASE}."
+    return f"{rescale}: cannot go with {base}, which whitens the advantages afterwards. {fix}"
 
-    args: OpenRLHF's arguments, nested (after `hierarchize`), before its own validation.
+
+def estimator_choice(chosen: list[tuple[str, str]]) -> tuple[bool, str | None]:
+    """Return whether the command line turns DEPO on, and the base that it names (None: none).
+
+    chosen: every (flag, value) of --advantage_estimator and --algo.advantage.estimator, in the order given. The value
+    `depo` of either flag is the switch, and the other flags of a launch do not turn it off again: they name the base.
+    Only a later --advantage_estimator with another value does, as the last of a repeated flag counts.
+    """
+    on, base = False, None
+    for flag, value in chosen:
+        if value == "depo":
+            on = True
+        else:
+            base = value
+            on = on and flag != SWITCH_FLAG
+    return on, base
+
+
+def with_base(cfg: DepoConfig, named: str | None) -> DepoConfig:
+    """Return the settings with the base that the launch uses. named: by --algo.advantage.estimator, or None."""
+    return replace(cfg, advantage=replace(cfg.advantage, base=cfg.advantage.base or named or DEFAULT_BASE))
+
+
+def conflicts(cfg: DepoConfig, args: Any, named: str | None = None) -> list[str]:
+    """Return what in OpenRLHF's own flags cannot go with DEPO, one line each.
+
+    args: OpenRLHF's arguments, nested (after `hierarchize`), before its own validation. named: the base that
+    --algo.advantage.estimator names, None if it names none.
     """
     faults = []
+    if not cfg.advantage.base and named:
+        if named not in BASES:
+            faults.append(
+                f"{BASE_FLAG} {named}: cannot go with {SWITCH_FLAG} depo, which has no critic. Leave it out (DEPO "
+                f"then uses {DEFAULT_BASE}), or name one of {', '.join(BASES)}."
+            )
+        elif cfg.advantage.importance_rescale and named in WHITENING:
+            faults.append(_whitened("--depo.advantage.importance_rescale true", f"{BASE_FLAG} {named}"))
     group, batch = args.rollout.n_samples_per_prompt, args.rollout.batch_size
     if group < 2:
         faults.append(
-            f"--rollout.n_samples_per_prompt {group}: must be at least 2, for --depo.advantage.base "
-            f"{cfg.advantage.base} compares the responses to one prompt. Set it to 8, say."
+            f"--rollout.n_samples_per_prompt {group}: must be at least 2, because DEPO predicts whether the responses "
+            "to one prompt get different rewards. Set it to 8, for example."
         )
     if not (args.reward.remote_url or args.train.agent_func_path or args.reward.model_name_or_path):
         faults.append(
@@ -332,12 +372,43 @@ def conflicts(cfg: DepoConfig, args: Any) -> list[str]:
     return faults
 
 
+def summary(cfg: DepoConfig, args: Any, named: str | None) -> list[str]:
+    """Return what a launch prints at its start: one line on what DEPO does, one more if a reward model gives scores.
+
+    cfg: before with_base; args, named: as in conflicts.
+    """
+    base = with_base(cfg, named).advantage.base
+    source = " (--depo.advantage.base)" if cfg.advantage.base else "" if named else " (the launch names none)"
+    rule = f"window {cfg.filter.low:g} to {cfg.filter.high:g}"
+    if cfg.filter.rule == "utility":
+        rule = f"utility of at least {cfg.filter.min_utility:g}"
+    est = cfg.estimator
+    place = f"{est.num_gpus:g} of a GPU" if est.num_gpus else f"{est.num_cpus} CPU core{'s' * (est.num_cpus > 1)}"
+    lines = [
+        f"DEPO is on: advantages by {base}{source}; filter rule {rule}, after {cfg.filter.warmup_steps} "
+        f"steps that keep every prompt; encoder {est.model or 'all-MiniLM-L6-v2 (bundled)'}, mode {est.mode}, on "
+        f"{place}; metrics depo/* in {Path(args.ckpt.output_dir) / 'depo' / 'metrics.jsonl'}"
+    ]
+    if not (args.reward.remote_url or args.train.agent_func_path):
+        low, high = cfg.labels.reward_range
+        lines.append(
+            f"[Warning] DEPO: the scores of --reward.model_name_or_path are logits, and --depo.labels.reward_range "
+            f"{low:g} {high:g} clips them: {low:g} and below is a wrong response, {high:g} and above a right one. Set "
+            "the range to the scores that your model gives to bad and to good responses."
+        )
+    return lines
+
+
 # Flags.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Register --depo.config and one flag per setting. A flag that is not given is None."""
-    group = parser.add_argument_group("DEPO", "with --advantage_estimator depo; `depo config` shows what holds")
+    group = parser.add_argument_group(
+        "DEPO",
+        f"turned on by {SWITCH_FLAG} depo, anywhere in the launch; {BASE_FLAG} then names the base (not named: "
+        f"{DEFAULT_BASE}). `depo config` shows the settings",
+    )
     group.add_argument(
         "--depo.config", metavar="FILE", help="YAML file, or a shipped preset's name; flags win over it"
     )

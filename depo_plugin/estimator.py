@@ -8,6 +8,7 @@ Suffixes: B = prompts of one call, E = the encoder's width.
 """
 
 import contextlib
+import logging
 import time
 from collections import deque
 from enum import IntEnum
@@ -38,6 +39,8 @@ from depo_plugin.model import (
     weights_digest,
 )
 from depo_plugin.torch_backend import TorchBackend, load_optimizer_state, optimizer_state
+
+logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
 RECOMPUTED = partial(recompute, encode.embed, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in it
 LOGIT_MAX = 14.0  # keeps σ(s) about 1e-6 away from 0 and 1, so that Beta(a, b) stays one
@@ -101,6 +104,7 @@ class DifficultyEstimator:
         embeddings outlive this object (mode frozen), None for a temporary folder.
         """
         self._cfg, self._group_size, self._seed = cfg.estimator, group_size, seed
+        self._warmup_steps = cfg.filter.warmup_steps
         self.updates = 0
         with self._seeded(Stream.INIT):
             self._encoder, self._tokenizer = load_encoder(cfg.estimator.model, cfg.estimator.depth)
@@ -135,6 +139,9 @@ class DifficultyEstimator:
         self._sources: dict[str, list[int]] = {}  # data source -> kept, rejected since the last step
         self._recent: deque[tuple[Label, float]] = deque(maxlen=cfg.estimator.replay)  # with the ability then
         self._time_score = 0.0
+        # Of the last batches the plan, key and text of one kept prompt each: what _say_unmatched shows.
+        self._examples: deque[tuple[int, int, tuple[str, str]]] = deque(maxlen=4)
+        self.watch_unmatched = True
         self._losses: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
 
@@ -154,7 +161,8 @@ class DifficultyEstimator:
     def record(self, records: list[dict]) -> None:
         """Remember one planned batch: its kept prompts one by one, all it scanned as sums.
 
-        records: one per scanned candidate: key, p, v, q, keep, reason, datasource and share (see loader._record).
+        records: one per scanned candidate: key, text, p, v, q, keep, reason, datasource and share (see
+        loader._record).
         """
         for one in records:
             counts = self._sources.setdefault(_source(one["datasource"], self._sources), [0, 0])
@@ -166,6 +174,7 @@ class DifficultyEstimator:
         sums = [new + old for new, old in zip(sums, self._unkept, strict=True)]
         self._unkept = [0, 0.0, 0.0] if kept else sums
         parts = [total / max(1, len(kept)) for total in sums]
+        self._examples.extend((plan, one["key"], one["text"]) for one in kept[:1] if "text" in one)
         for one in kept:
             source = _source(one["datasource"], self._sources)
             entry = Kept(plan, one["p"], one["v"], one["q"], one["share"], str(one["reason"]), source, *parts)
@@ -213,6 +222,7 @@ class DifficultyEstimator:
         y_B = np.array([label.y for label in labels])
         signal_B = np.array([label.signal for label in labels])
         kept = [self._take(key) for key in keys]
+        self._say_unmatched(labels, kept)
         p_B, v_B = self._predicted(keys, labels, kept)
         metrics = prediction_metrics(p_B, v_B, y_B, signal_B) | self._stream_metrics(kept, y_B, signal_B)
         metrics |= self._source_metrics(kept, y_B)
@@ -260,6 +270,27 @@ class DifficultyEstimator:
         if not entries:
             del self._kept[key]
         return entry
+
+    def _say_unmatched(self, labels: list[Label], kept: list[Kept | None]):
+        """Warn once if most groups of a step find no decision, although earlier decisions wait for their groups.
+
+        After a restart (watch_unmatched is False) groups are awaited whose decisions were lost, until most are found.
+        """
+        unmatched = [label for label, entry in zip(labels, kept, strict=True) if entry is None]
+        if 2 * len(unmatched) <= len(labels):
+            self.watch_unmatched = self.watch_unmatched is not None  # None: it was said
+            return
+        late = [text for plan, key, text in self._examples if key in self._kept and plan <= self._counters["plan"] - 2]
+        if not (self.watch_unmatched and late and self.updates >= self._warmup_steps):
+            return
+        self.watch_unmatched = None
+        logger.warning(
+            "DEPO: %d of %d groups came back with another prompt or label than they were sent with, so they find "
+            "neither their decision nor their history, and nothing is learned of the prompts that were kept. Sent, "
+            "for example: prompt ...%r, label %r. Came back: prompt ...%r, label %r. Look for code that changes them: "
+            "the agent, the reward function.",
+            *(len(unmatched), len(labels), *late[0], unmatched[0].prompt[-200:], unmatched[0].label[:200]),
+        )
 
     def _stream_metrics(self, kept: list[Kept | None], y_B: np.ndarray, signal_B: np.ndarray) -> dict[str, float]:
         """Say what the unfiltered stream would have given, from the decisions behind these groups.

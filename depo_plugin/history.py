@@ -4,6 +4,7 @@ Suffixes: B = prompts asked for, each once, K = prompts known.
 """
 
 import hashlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,11 @@ FIELDS = {  # name -> dtype and shape of one prompt's entry
     "site_score": (np.float32, ()),  # the text's score logit that the site was given to
     "site_at": (np.float32, ()),  # the clock of the text's evidence then
 }
+HEAD = 1000  # characters of a rendered prompt in which a chat template writes today's date
+_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
+_DATE = rf"\d{{4}}[-/.]\d\d?[-/.]\d\d?|\d\d?[-/.]\d\d?[-/.]\d{{4}}|\d\d? {_MONTH},? \d{{4}}|{_MONTH} \d\d?,? \d{{4}}"
+# "Today Date: ...", "Current date: ...", "Today's date is ...": in templates of Llama 3, gpt-oss, Granite and Mistral.
+DATED = re.compile(rf"(?:today(?:['\u2019]s)?|current) date(?: is)?:? *({_DATE})", re.IGNORECASE)
 SITE = ("site_mean", "site_precision", "site_score", "site_at")
 
 
@@ -69,7 +75,13 @@ def no_evidence(count: int) -> Evidence:
 
 
 def prompt_key(prompt: str, label: str) -> int:
-    """Return the prompt's identity, a 64-bit number that is the same in every process and after every restart."""
+    """Return the prompt's identity, a 64-bit number that is the same in every process and after every restart.
+
+    The date that a chat template writes ("Today Date: 26 Nov 2026") is no part of it: a run that is resumed on another
+    day finds its prompts again.
+    """
+    if dated := DATED.search(prompt[:HEAD]):
+        prompt = prompt[: dated.start(1)] + prompt[dated.end(1) :]
     text = f"{prompt}\0{label}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 

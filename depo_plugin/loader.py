@@ -16,6 +16,7 @@ position's exploration draw, follow from (seed, pass).
 Suffix B: one entry per candidate.
 """
 
+import hashlib
 import logging
 import math
 from collections import deque
@@ -108,6 +109,7 @@ class DifficultyFilteredLoader:
                 "DEPO: the prompt dataset is empty. Check --data.prompt_dataset, --data.prompt_split and "
                 "--data.max_samples."
             )
+        self._digest = self._pool_digest()
         self._estimator = estimator
         self._cfg = cfg
         self._batch_size = batch_size
@@ -215,6 +217,27 @@ class DifficultyFilteredLoader:
             return math.inf
         return (self._episode + 1) * self._pass_length() - self._cursor
 
+    # ── The pool ──
+
+    def _item(self, index: int) -> Item:
+        """Return entry `index` of the dataset, its label as text. Raises ValueError if the prompt is no text."""
+        source, prompt, label, *_ = self._dataset[index]
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"DEPO: prompt {index} of --data.prompt_dataset is no text but a {type(prompt).__name__}: "
+                f"{str(prompt)[:200]}. If these are chat messages, add --data.apply_chat_template; else name the "
+                "column that holds the text with --data.input_key."
+            )
+        return Item(source, prompt, str(label))
+
+    def _pool_digest(self) -> str:
+        """Return 16 hex digits that tell pools apart, by their prompts' keys in the dataset's order."""
+        digest = hashlib.blake2b(digest_size=8)
+        for index in range(self._pool):
+            item = self._item(index)
+            digest.update(prompt_key(item.prompt, item.label).to_bytes(8, "big"))
+        return digest.hexdigest()
+
     # ── The stream ──
 
     def _draw(self, stream: Stream, pass_no: int) -> np.ndarray:
@@ -245,7 +268,7 @@ class DifficultyFilteredLoader:
 
     def _items(self, count: int) -> list[Item]:
         positions = range(self._cursor, self._cursor + count)
-        return [Item(*self._dataset[self._index(position)][:3]) for position in positions]
+        return [self._item(self._index(position)) for position in positions]
 
     def _ask(self, count: int) -> Asked:
         items = self._items(count)
@@ -338,9 +361,8 @@ class DifficultyFilteredLoader:
     # ── State ──
 
     def _identity(self) -> dict:
-        """Return what a state belongs to: with any other, its positions would mean other prompts."""
+        """Return what a state belongs to: any other is refused."""
         return {
-            "pool": self._pool,
             "batch_size": self._batch_size,
             "seed": self._seed,
             "budget": self._cfg.budget,
@@ -359,6 +381,8 @@ class DifficultyFilteredLoader:
                 a, b = (np.asarray(x, np.float64).tolist() for x in scores[:2])
                 asked["scores"] = {"a": a, "b": b, "updates": int(scores.updates)}
         return self._identity() | {
+            "pool": self._pool,
+            "digest": self._digest,
             "episode": self._episode,
             "before": self._before,
             "served": self._served,
@@ -372,10 +396,11 @@ class DifficultyFilteredLoader:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up a state_dict(); the next iter() goes on with its episode, also where that has no prompt left.
+        """Take up a state_dict(); the next iter() goes on with its episode, also if that has no prompt left.
 
-        Raises ValueError where fields are missing or unexpected, or the state is of another pool, batch size, seed or
-        budget.
+        With another pool, told by its digest, positions mean other prompts: then the stream starts its next pass, and
+        a warning says so. Raises ValueError if fields are missing or unexpected, or the state is of another batch
+        size, seed or budget.
         """
         expected = set(self.state_dict())
         if set(state) != expected:
@@ -388,7 +413,6 @@ class DifficultyFilteredLoader:
         own = self._identity()
         if changed := [name for name in own if state[name] != own[name]]:
             flags = {
-                "pool": "the prompt dataset's length (--data.prompt_dataset, --data.max_samples)",
                 "batch_size": "--rollout.vllm_generate_batch_size (default: --rollout.batch_size)",
                 "seed": "--train.seed",
                 "budget": "--depo.filter.budget",
@@ -406,20 +430,39 @@ class DifficultyFilteredLoader:
         self._exhausted = False
         self._chance = {}
         self._asked = None
-        if (asked := state["asked"]) is not None:
+        if state["digest"] != self._digest:
+            self._start_next_pass(state)
+        elif (asked := state["asked"]) is not None:
             scores = asked["scores"]
             known = Scores(np.array(scores["a"]), np.array(scores["b"]), scores["updates"]) if scores else None
             self._asked = Asked(self._items(asked["count"]), scores=known)
+
+    def _start_next_pass(self, state: dict):
+        """Go on with this pool after a state of another one."""
+        self._cursor = math.ceil(state["cursor"] / state["pool"]) * self._pool
+        self._queue, self._open = deque(), []
+        logger.warning(
+            "DEPO: these are not the prompts of the checkpoint (%d then, %d now, told apart by text and label): the "
+            "next pass over the pool starts now. What was learned of a prompt is kept if its text and label are the "
+            "same as before. If the data is the same, something in the prompts changes from launch to launch, such as "
+            "a chat template or system prompt that writes a date: then every prompt is a new one. Prompt 0 is now "
+            "%.300r.",
+            state["pool"],
+            self._pool,
+            self._item(0).prompt,
+        )
 
 
 def _record(candidate: Candidate, share: float) -> dict:
     """Return what the estimator remembers of a decided candidate.
 
-    share: keep_share of its batch. Forced prompts have weight 1, so share 1: they are outside the claim.
+    share: keep_share of its batch. Forced prompts have weight 1, so share 1: they are outside the claim. text: the
+    end of its prompt and its label, to be shown if its group does not come back.
     """
     item, decision = candidate.item, candidate.decision
     return {
         "key": prompt_key(item.prompt, item.label),
+        "text": (item.prompt[-200:], item.label[:200]),
         "p": candidate.p,
         "v": candidate.v,
         "q": decision.q,

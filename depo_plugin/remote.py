@@ -11,6 +11,7 @@ keeps every prompt) with one warning; Ray restarts the actor, which takes up its
 import contextlib
 import logging
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +25,17 @@ from depo_plugin import checkpoint, config
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
 PLACEMENT_TIMEOUT_S = 120
+BUILD_TIMEOUT_S = 600  # at the start; a first build may compile DeepSpeed's operators
+LOAD_TIMEOUT_S = 600
 SAVE_TIMEOUT_S = 600
+RETRY_S = 60.0  # after a build that failed, until the next try
 SOUND = 3  # answers in a row that end a fault: an estimator that gives every second one has it still
 ANY = "any"  # what every answer counts for, beside its own method
 TALLY = {  # what each process adds to the step's metrics
     "time_blocked": "seconds that training waited for the estimator",
     "labels_unsent": "groups since the last step that were not learned from, because the estimator was behind",
-    "labels_dropped": "groups without a label: a score is outside the range or not finite (logged as a total)",
+    "labels_dropped": "groups without a label, because a score is NaN or infinite (logged as a total)",
+    "clipped": "scores outside --depo.labels.reward_range since the last step, clipped to it",
 }
 
 
@@ -39,27 +44,68 @@ def actor_name() -> str:
     return f"depo_estimator_{ray.get_runtime_context().get_job_id()}"
 
 
-class EstimatorActor:
-    """Hosts one DifficultyEstimator; calls of one caller run in the order they were made."""
+class BuildError(RuntimeError):
+    """The estimator cannot be built in its actor's process; the text says why."""
 
-    def __init__(self, args, group_size: int, snapshot_root: str):
-        """Wait for build(); a restarted actor builds at once and takes up this run's latest checkpoint.
+
+class Loaded(NamedTuple):
+    """What a checkpoint was asked for and answered with: `tag` is the one that was loaded, None if there is none."""
+
+    tag: str | None
+
+
+class EstimatorActor:
+    """Hosts one DifficultyEstimator; calls of one caller run in the order they were made.
+
+    An actor that Ray restarts builds its estimator at once and takes up the checkpoint that its run last saved or
+    loaded. If that fails (a node without the encoder), it stays, answers with the reason and tries again later.
+    """
+
+    def __init__(self, args, group_size: int, snapshot_root: str, run: str):
+        """Wait for build().
 
         args: OpenRLHF's arguments (args.depo holds our settings); group_size: responses per prompt;
-        snapshot_root: folder of our checkpoints.
+        snapshot_root: folder of our checkpoints; run: an id of this launch, by which it knows its own checkpoints.
         """
-        self.args, self.group_size, self.root = args, group_size, Path(snapshot_root)
-        self.attached, self.rejected, self.judged = [], [], []
+        self.args, self.group_size, self.root, self.run = args, group_size, Path(snapshot_root), run
+        self.rejected, self.judged = [], []
         self.tally, self.update_s = Counter(), 0.0
+        self._estimator, self._failure, self._retry_at = None, "", 0.0
         if ray.get_runtime_context().was_current_actor_reconstructed:
+            with contextlib.suppress(BuildError):  # said by the first call
+                self.build()
+
+    def ping(self) -> None:
+        """Return when this process runs."""
+
+    @property
+    def estimator(self):
+        """The estimator; built first if a restart could not do it. Raises BuildError with the reason."""
+        if self._estimator is None:
+            if time.monotonic() < self._retry_at:
+                raise BuildError(self._failure)
             self.build()
-            self._take_up_latest()
-        else:
-            with contextlib.suppress(OSError):  # a folder that cannot be written has none of this run's, either
-                checkpoint.point(self.root, None)  # what lies there is of an earlier run, until load() says otherwise
+        return self._estimator
 
     def build(self) -> None:
-        """Build the estimator on this actor's device: a DeepSpeed engine with a GPU share, plain torch without."""
+        """Build the estimator, unless it is there: new, or with what it had learned before a restart.
+
+        Raises BuildError with node and reason.
+        """
+        if self._estimator is not None:
+            return
+        try:
+            made = self._new()
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                self._take_up_latest(made)
+        except Exception as error:  # whatever it is, it goes to the caller
+            self._failure = f"on node {ray.util.get_node_ip_address()}: {type(error).__name__}: {error}"
+            self._retry_at = time.monotonic() + RETRY_S
+            raise BuildError(self._failure) from error
+        self._estimator = made
+
+    def _new(self):
+        """Return a new estimator on this actor's device: a DeepSpeed engine with a GPU share, else plain torch."""
         import torch
 
         from depo_plugin.estimator import DifficultyEstimator  # seconds of imports: no part of being placed
@@ -73,25 +119,18 @@ class EstimatorActor:
         else:
             torch.set_num_threads(cfg.estimator.num_cpus)
         cache = self.root.with_name("depo_embeddings")  # beside our checkpoints: pruning those must not touch it
-        self.estimator = DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
+        return DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
 
-    def _take_up_latest(self):
-        updates_lost = "every step"
-        tag = checkpoint.pointed(self.root)
+    def _take_up_latest(self, made):
+        made.watch_unmatched = False
+        lost = "starts from the beginning"
+        tag = checkpoint.pointed(self.root, self.run)
         newest = checkpoint.latest_valid(self.root, tag) if tag else None
         if newest is not None:
             tag, state = newest
-            self.estimator.load_state_dict(state)
-            updates_lost = f"what it learned after checkpoint {tag}"
-        logger.warning("DEPO: the difficulty estimator was restarted and has lost %s.", updates_lost)
-
-    def attach(self, report: dict) -> None:
-        """Take the report of a hook that runs in another process (see hooks.attach)."""
-        self.attached.append(report)
-
-    def reports(self) -> list[dict]:
-        """Return the reports taken so far."""
-        return self.attached
+            made.load_state_dict(state)
+            lost = f"has lost what it learned after checkpoint {tag}"
+        logger.warning("DEPO: the difficulty estimator was restarted and %s.", lost)
 
     def score(self, prompts: list[str], labels: list[str]):
         """Return the Scores of these prompts (see DifficultyEstimator.score)."""
@@ -126,35 +165,41 @@ class EstimatorActor:
         self.estimator.learn(judged)
         self.update_s = time.perf_counter() - start
 
-    def save(self, tag: str, live_tags: set[str]) -> float | OSError:
+    def save(self, tag: str, live_tags: set[str]) -> float | str:
         """Write the checkpoint `tag`, drop ours whose OpenRLHF checkpoint is gone, return the seconds it took.
 
-        Returns the error where it cannot be written: a full disk says nothing of the estimator.
+        Returns what went wrong if it cannot be written: a full disk says nothing about the estimator.
         """
-        start = time.perf_counter()
+        start, made = time.perf_counter(), self.estimator
         try:
-            checkpoint.save(self.root / tag, self.estimator.state_dict())
-            checkpoint.point(self.root, tag)
+            checkpoint.save(self.root / tag, made.state_dict())
+            checkpoint.point(self.root, self.run, tag)
         except OSError as error:
-            return error
+            return str(error)
+        except Exception as error:  # noqa: BLE001, a fault of the save, named as that
+            return f"{type(error).__name__}: {error}"
         checkpoint.prune(self.root, live_tags | {tag})
         return time.perf_counter() - start
 
-    def load(self, tag: str) -> str | None:
-        """Load the checkpoint `tag`, or the newest valid older one; return its tag, None where there is none."""
+    def load(self, tag: str) -> Loaded:
+        """Load the checkpoint `tag`, or the newest valid older one. Raises CheckpointError if it does not fit."""
+        with contextlib.suppress(OSError):  # a folder that cannot be written: only a restart could not find it
+            checkpoint.point(self.root, self.run, tag)  # first, so that a restart takes it up by itself
+        made = self.estimator
         found = checkpoint.latest_valid(self.root, tag)
         if found is None:
-            return None
+            return Loaded(None)
         used, state = found
-        self.estimator.load_state_dict(state)
-        checkpoint.point(self.root, used)
-        return used
+        made.load_state_dict(state)
+        return Loaded(used)
 
 
 def create(args, group_size: int, snapshot_root: str, placement_group=None):
     """Start the estimator's actor, owned by the calling process, and wait until it is placed and built.
 
-    Raises RuntimeError, naming the settings and what the cluster has free, where it cannot be placed in 120 s.
+    Its process may die meanwhile: Ray restarts it, and what it was asked is asked again. Raises RuntimeError naming
+    the settings and what the cluster has free if it cannot be placed in PLACEMENT_TIMEOUT_S, and the reason if it
+    cannot be built.
     """
     settings = args.depo.estimator
     options = {
@@ -169,10 +214,10 @@ def create(args, group_size: int, snapshot_root: str, placement_group=None):
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
             placement_group=placement_group, placement_group_bundle_index=0
         )
-    actor = ray.remote(EstimatorActor).options(**options).remote(args, group_size, snapshot_root)
+    actor = ray.remote(EstimatorActor).options(**options).remote(args, group_size, snapshot_root, uuid.uuid4().hex)
     try:
-        ray.get(actor.reports.remote(), timeout=PLACEMENT_TIMEOUT_S)
-    except GetTimeoutError:
+        _ask_until(actor, "ping", timeout_s=PLACEMENT_TIMEOUT_S)
+    except RayError:
         ray.kill(actor)
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
         raise RuntimeError(
@@ -180,8 +225,42 @@ def create(args, group_size: int, snapshot_root: str, placement_group=None):
             f"--depo.estimator.num_gpus {settings.num_gpus} and --depo.estimator.num_cpus {settings.num_cpus}; the "
             f"cluster has free: {free}. Lower one of the two or add resources."
         ) from None
-    ray.get(actor.build.remote())
+    try:
+        _ask_until(actor, "build", timeout_s=BUILD_TIMEOUT_S)
+    except BuildError as error:
+        ray.kill(actor)
+        raise RuntimeError(f"DEPO: the difficulty estimator cannot be built {error.cause}") from None
+    except RayError as error:
+        logger.warning(
+            "DEPO: the difficulty estimator is not ready after %d s (%s). Training starts without it; prompts are "
+            "filtered as soon as it answers.",
+            BUILD_TIMEOUT_S,
+            _last_line(error),
+        )
     return actor
+
+
+def _ask_until(actor, method: str, *args, timeout_s: float):
+    """Return the answer of an actor that may be restarted meanwhile: what died with its process is asked again.
+
+    Raises what the method raised, and GetTimeoutError or another RayError if there is no answer in timeout_s.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.get(getattr(actor, method).remote(*args), timeout=max(0.0, deadline - time.monotonic()))
+        except (GetTimeoutError, RayTaskError):
+            raise
+        except RayError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def _last_line(error: Exception) -> str:
+    """Return the last line of an error's text, where Ray puts the reason."""
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 class Call(NamedTuple):
@@ -250,7 +329,7 @@ class EstimatorHandle:
                 "DEPO: the difficulty estimator did not answer (%s: %s). Training goes on, without filtering where it "
                 "gives no scores. If it is only slow, raise --depo.estimator.timeout_s or num_cpus.",
                 type(error).__name__,
-                str(error).strip().splitlines()[-1] if str(error).strip() else "",
+                _last_line(error),
             )
         self._owed[ANY] = SOUND
         if isinstance(error, RayTaskError):
@@ -324,9 +403,22 @@ class EstimatorHandle:
         if not self._tell("reject", label):
             self.tally["labels_unsent"] += 1
 
-    def save(self, tag: str, live_tags: set[str]) -> float | OSError | None:
-        """Write the checkpoint `tag`; return the seconds it took, what the disk says, or None without an answer."""
+    def save(self, tag: str, live_tags: set[str]) -> float | str | None:
+        """Write the checkpoint `tag`; return the seconds it took, what went wrong, or None without an answer."""
         return self.wait(self._call("save", tag, live_tags), SAVE_TIMEOUT_S)
+
+    def load(self, tag: str) -> Loaded | None:
+        """Load the checkpoint `tag` or the newest older one; waits out restarts. None if there is no answer in time.
+
+        Raises CheckpointError if the checkpoint is of another estimator.
+        """
+        try:
+            return _ask_until(self.actor, "load", tag, timeout_s=LOAD_TIMEOUT_S)
+        except checkpoint.CheckpointError:
+            raise
+        except RayError as error:
+            self._fault(error, "load")
+            return None
 
 
 def connect(timeout_s: float) -> EstimatorHandle:

@@ -19,7 +19,8 @@ def cluster():
     import ray
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="depo-ray-") as folder:
-        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             "local",

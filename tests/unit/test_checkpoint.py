@@ -132,12 +132,13 @@ def test_latest_valid_skips_damaged_and_unfinished_ones(tmp_path):
 
 
 def test_the_pointer_says_what_this_run_saved_last(tmp_path):
-    assert checkpoint.pointed(tmp_path / "new") is None
-    for tag in ("global_step4", None, "best_global_step2"):
-        checkpoint.point(tmp_path / "new", tag)
-        assert checkpoint.pointed(tmp_path / "new") == tag
+    assert checkpoint.pointed(tmp_path / "new", "run 1") is None
+    for tag in ("global_step4", "best_global_step2"):
+        checkpoint.point(tmp_path / "new", "run1", tag)
+        assert checkpoint.pointed(tmp_path / "new", "run1") == tag
+        assert checkpoint.pointed(tmp_path / "new", "run2") is None, "an earlier run's checkpoints are not this one's"
     checkpoint.prune(tmp_path / "new", set())
-    assert checkpoint.pointed(tmp_path / "new") == "best_global_step2"
+    assert checkpoint.pointed(tmp_path / "new", "run1") == "best_global_step2"
 
 
 def test_prune_keeps_what_it_is_told_and_removes_leftovers(tmp_path):

@@ -81,7 +81,7 @@ def test_defaults_are_the_designs():
     assert (cfg.filter.low, cfg.filter.high) == (0.15, 0.85)
     assert (cfg.estimator.w_rank, cfg.estimator.num_gpus) == (3.0, 0.0)
     assert (cfg.estimator.mode, cfg.estimator.model) == ("frozen", None), "works without a network"
-    assert (cfg.labels.reward_range, cfg.advantage.base) == ((0.0, 1.0), "group_norm")
+    assert (cfg.labels.reward_range, cfg.advantage.base) == ((0.0, 1.0), None)
     assert cfg.history == config.HistoryConfig(kappa="fit", drift=True, share=True)
 
 
@@ -230,7 +230,11 @@ WRONG = [
     ("labels.reward_range", 1, "two numbers LO HI"),
     ("labels.reward_range", [0, math.inf], "two numbers LO HI"),
     ("labels.reward_range", [0, "1"], "two numbers LO HI"),
-    ("advantage.base", "gae", "one of group_norm, dr_grpo, rloo, reinforce_baseline. The default is group_norm."),
+    (
+        "advantage.base",
+        "gae",
+        "one of group_norm, dr_grpo, rloo, reinforce_baseline, reinforce, flash_reinforce, or none. The default is ",
+    ),
     ("advantage.base", "depo", "one of group_norm"),
     ("advantage.importance_rescale", 1, "true or false. The default is false."),
     ("advantage.importance_rescale", "true", "true or false. Remove the quotes."),
@@ -488,7 +492,7 @@ def test_launches_that_can_work(changes):
     [
         (
             {"rollout.n_samples_per_prompt": 1},
-            r"--rollout\.n_samples_per_prompt 1: must be at least 2, .*group_norm .*Set it",
+            r"--rollout\.n_samples_per_prompt 1: must be at least 2, .*different rewards\. Set it",
         ),
         (
             {"reward.remote_url": None},
@@ -567,6 +571,8 @@ def any_value(leaf):
         return st.none() | texts.filter(lambda text: text.strip() and text not in ("none", "null"))
     if leaf.key == "estimator.micro_batch_tokens":
         return st.none() | st.integers(1, 10**6)
+    if leaf.key == "advantage.base":
+        return st.none() | st.sampled_from(config.BASES)
     if kind is SWITCH:
         return st.booleans()
     if kind is RANGE:
@@ -588,7 +594,7 @@ def configs(draw):
     values["filter.rule"] = "utility" if values["filter.low"] >= values["filter.high"] else values["filter.rule"]
     values["filter.budget"] = "data" if values["filter.expected_keep_rate"] != 1 else values["filter.budget"]
     values["advantage.importance_rescale"] |= values["advantage.clip"] is not None
-    if values["advantage.importance_rescale"] and values["advantage.base"] == "reinforce_baseline":
+    if values["advantage.importance_rescale"] and values["advantage.base"] in config.WHITENING:
         values["advantage.base"] = "rloo"
     return load_config(None, values)
 

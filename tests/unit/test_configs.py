@@ -47,6 +47,6 @@ def test_paper_preset_has_the_papers_numbers():
     assert (est.model, est.depth) == ("distilbert-base-uncased", 1.0)
     assert (cfg.filter.rule, cfg.filter.low, cfg.filter.high) == ("window", 0.15, 0.85)
     assert (cfg.filter.warmup_steps, cfg.filter.epsilon) == (100, 0.0)
-    assert (cfg.advantage.base, cfg.advantage.importance_rescale) == ("group_norm", False)
+    assert config.with_base(cfg, None).advantage == config.AdvantageConfig("group_norm", False, None)
     assert (est.mode, est.updates_per_step, est.replay) == ("finetune", 1, 0)
     assert (cfg.history.kappa, cfg.history.drift, cfg.history.share) == ("inf", False, False)

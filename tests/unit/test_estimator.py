@@ -4,6 +4,7 @@ Most use a tiny random encoder and narrow heads; two learn with the bundled one.
 """
 
 import copy
+import dataclasses
 import functools
 import random
 import shutil
@@ -918,3 +919,60 @@ def test_a_fresh_estimator_can_be_saved_and_loaded(either, tmp_path):
     for made in (fresh, resumed):
         made.observe(groups(4))
     assert_same_weights(weights(fresh), weights(resumed))
+
+
+# ── Groups that come back as others ──
+
+
+def said(caplog):
+    return [record.getMessage() for record in caplog.records if "came back with another" in record.getMessage()]
+
+
+def sent(label):
+    return record_of(label, text=(label.prompt, label.label))
+
+
+def test_groups_that_come_back_as_others_are_said_once(make, caplog):
+    """An agent that adds a hint to each prompt: no group finds its decision, and one pair shows it."""
+    made = make()
+    made._warmup_steps = 2
+    for step in range(6):
+        given = [group(f"{step}+{i}=", 4) for i in range(4)]
+        made.record(list(map(sent, given)))
+        made.observe([dataclasses.replace(label, prompt=label.prompt + " Hint!") for label in given])
+        assert len(said(caplog)) == (step >= 2), "after the warm-up"
+    (told,) = said(caplog)
+    assert told.startswith("DEPO: 4 of 4 groups came back with another prompt or label than they were sent with")
+    assert "Sent, for example: prompt ...'0+0=', label '" in told
+    assert "Came back: prompt ...'2+0= Hint!', label '" in told
+    assert "the agent, the reward function" in told
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_groups_that_are_found_or_lost_by_chance_are_not_said(lost, make, caplog):
+    """Up to half of the groups without a decision, as after an answer that came too late."""
+    made = make()
+    made._warmup_steps = 2
+    for step in range(6):
+        given = [group(f"{step}+{i}=", 4) for i in range(4)]
+        made.record(list(map(sent, given[lost:])))
+        made.observe(given)
+    assert said(caplog) == []
+
+
+def test_after_a_restart_lost_decisions_are_no_fault_of_the_prompts(make, caplog):
+    """Three batches were on their way when the estimator died; their groups come back beside new decisions."""
+    made = make()
+    made._warmup_steps = 2
+    made.updates, made.watch_unmatched = 10, False  # as the actor makes it
+    batches = [[group(f"{step}+{i}=", 4) for i in range(4)] for step in range(8)]
+    for step, batch in enumerate(batches):
+        if step + 3 < len(batches):
+            made.record(list(map(sent, batches[step + 3])))
+        made.observe(batch)
+    assert said(caplog) == []
+    for step in range(8, 12):
+        given = [group(f"{step}+{i}=", 4) for i in range(4)]
+        made.record(list(map(sent, given)))
+        made.observe([dataclasses.replace(label, label="another") for label in given])
+    assert len(said(caplog)) == 1, "it is on again once groups were found"

@@ -159,7 +159,7 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(mount, leave_pages):
     state = {"weights": torch.arange(240 * PAGE // 4, dtype=torch.float32), "text": "x" * 10 * PAGE, "updates": 0}
     for step in (1, 2):
         checkpoint.save(root / f"global_step{step}", state | {"updates": step})
-    checkpoint.point(root, "global_step2")
+    checkpoint.point(root, "run", "global_step2")
     disk.fill(leave_pages)
     for tag in ("global_step3", "global_step2"):  # a new one, and one that a resumed run writes again
         with pytest.raises(OSError, match="No space left"):
@@ -169,7 +169,7 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(mount, leave_pages):
         found = checkpoint.load(root / f"global_step{step}")
         assert found["updates"] == step
         assert torch.equal(found["weights"], state["weights"])
-    assert checkpoint.pointed(root) == "global_step2"
+    assert checkpoint.pointed(root, "run") == "global_step2"
     disk.free()
     checkpoint.save(root / "global_step3", state | {"updates": 3})
     assert checkpoint.load(root / "global_step3")["updates"] == 3

@@ -41,7 +41,8 @@ def launch(*flags, **others):
     parser = argparse.ArgumentParser()
     config.add_arguments(parser)
     values = {
-        "algo.advantage.estimator": "depo",
+        "algo.advantage.estimator": "gae",
+        "depo.chosen": [("--advantage_estimator", "depo")],
         "algo.kl.init_coef": 0.0,
         "ckpt.path": "checkpoints",
         "ckpt.output_dir": "out",
@@ -55,6 +56,7 @@ def launch(*flags, **others):
         "train.batch_size": 32,
         "train.colocate_all": False,
         "train.dynamic_batch_enable": False,
+        "use_ms": False,
         "vllm.num_engines": 1,
     }
     return nested(values | others | vars(parser.parse_args(flags)))
@@ -69,22 +71,82 @@ def resolved(*flags, **others):
 # ---- Flags
 
 
-def test_parse_args_adds_the_flags_and_keeps_openrlhfs(monkeypatch):
+def parser_of_openrlhf():
+    """A parser with the one flag that add_arguments looks for; tests/unit/test_real_parser.py has the real one."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--train.seed", type=int)
-    monkeypatch.setattr(sys, "argv", ["train", "--train.seed", "3", "--depo.filter.low", "0.3"])
-    args = vars(hooks.parse_args(parser))
+    parser.add_argument("--algo.advantage.estimator", choices=["gae", *config.BASES], default="gae", help="choose")
+    return parser
+
+
+def parsed(monkeypatch, *words):
+    parser = parser_of_openrlhf()
+    monkeypatch.setattr(sys, "argv", ["train", *words])
+    hooks.add_arguments(parser)
+    return vars(parser.parse_args())
+
+
+def test_add_arguments_adds_the_flags_and_keeps_openrlhfs(monkeypatch):
+    args = parsed(monkeypatch, "--train.seed", "3", "--depo.filter.low", "0.3")
     assert (args["train.seed"], args["depo.filter.low"], args["depo.filter.high"]) == (3, 0.3, None)
+    assert args["algo.advantage.estimator"] == "gae"
 
 
-def test_parse_args_names_every_flag_it_does_not_know(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train", "--depo.filter.hihg", "0.9", "--depo.filter.lo=1"])
+def test_add_arguments_names_every_flag_it_does_not_know(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        hooks.parse_args(argparse.ArgumentParser())
+        parsed(monkeypatch, "--depo.filter.hihg", "0.9", "--depo.filter.lo=1")
     assert stop.value.code == 2
     told = capsys.readouterr().err
     assert "--depo.filter.hihg: unknown setting. Did you mean --depo.filter.high?" in told
     assert "--depo.filter.lo: unknown setting. Did you mean --depo.filter.low?" in told
+
+
+SWITCH, BASE = "--advantage_estimator", "--algo.advantage.estimator"
+
+
+@pytest.mark.parametrize(
+    ("words", "on", "base", "estimator"),
+    [
+        ([], False, None, "gae"),
+        ([BASE, "rloo"], False, "rloo", "rloo"),
+        ([SWITCH, "rloo"], False, "rloo", "rloo"),
+        ([SWITCH, "depo"], True, None, "gae"),
+        ([BASE, "depo"], True, None, "gae"),
+        ([SWITCH, "depo", BASE, "rloo"], True, "rloo", "rloo"),
+        ([BASE, "rloo", SWITCH, "depo"], True, "rloo", "rloo"),
+        ([BASE, "gae", f"{SWITCH}=depo"], True, "gae", "gae"),
+        ([BASE, "depo", BASE, "rloo"], True, "rloo", "rloo"),
+        ([BASE, "rloo", BASE, "depo"], True, "rloo", "rloo"),
+        ([BASE, "rloo", SWITCH, "depo", BASE, "dr_grpo"], True, "dr_grpo", "dr_grpo"),
+        ([SWITCH, "depo", SWITCH, "rloo"], False, "rloo", "rloo"),  # the last of a repeated flag counts
+        ([SWITCH, "rloo", SWITCH, "depo"], True, "rloo", "rloo"),
+        (["--advantage_est", "depo", "--algo.advantage.est=rloo"], True, "rloo", "rloo"),  # argparse's abbreviations
+    ],
+)
+def test_depo_is_a_switch_wherever_it_stands_and_the_launchs_own_flag_names_the_base(
+    words, on, base, estimator, monkeypatch
+):
+    args = parsed(monkeypatch, *words)
+    assert config.estimator_choice(args.get("depo.chosen", [])) == (on, base)
+    assert args["algo.advantage.estimator"] == estimator, "what a launch without DEPO has"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_broken_depo_plugin_is_said(asked, monkeypatch, capsys):
+    """Where one of its own imports fails: an error if DEPO is asked for, else a warning, and the launch as it was."""
+    monkeypatch.setitem(sys.modules, "depo_plugin.config", None)
+    monkeypatch.delattr("depo_plugin.config")
+    words = [SWITCH, "depo"] if asked else [BASE, "rloo"]
+    if asked:
+        with pytest.raises(SystemExit):
+            parsed(monkeypatch, *words)
+    else:
+        assert parsed(monkeypatch, *words) == {"train.seed": None, "algo.advantage.estimator": "rloo"}
+        hooks.resolve(SimpleNamespace())
+    told = capsys.readouterr().err
+    assert "openrlhf-depo is installed but cannot be imported (" in told
+    assert "depo_plugin.config" in told
+    assert ("[Warning]" in told) is not asked
 
 
 def test_resolve_puts_every_setting_and_the_base_advantage_in_place():
@@ -95,13 +157,88 @@ def test_resolve_puts_every_setting_and_the_base_advantage_in_place():
     assert hooks.enabled(args)
 
 
-def test_the_default_base_is_group_norm():
+def resolved_with(chosen, *flags, **others):
+    named = [value for _, value in chosen if value != "depo"] or ["gae"]
+    return resolved(*flags, **{"depo.chosen": chosen, "algo.advantage.estimator": named[-1]}, **others)
+
+
+@pytest.mark.parametrize("base", config.BASES)
+def test_the_base_is_the_launchs_own(base):
+    args = resolved_with([(SWITCH, "depo"), (BASE, base)])
+    assert (args.algo.advantage.estimator, args.depo.advantage.base) == (base, base)
+    args = resolved_with([(BASE, base), (SWITCH, "depo")], "--depo.advantage.base", "rloo")
+    assert (args.algo.advantage.estimator, args.depo.advantage.base) == ("rloo", "rloo")
+
+
+def test_without_a_base_it_is_group_norm():
     assert resolved().algo.advantage.estimator == "group_norm"
+
+
+def test_gae_is_refused_with_the_fix_and_another_base_overrides_it(capsys):
+    with pytest.raises(SystemExit):
+        resolved_with([(BASE, "gae"), (SWITCH, "depo")])
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "--algo.advantage.estimator gae: cannot go with --advantage_estimator depo, which has no critic. Leave it out "
+        "(DEPO then uses group_norm), or name one of group_norm, dr_grpo, rloo, reinforce_baseline, reinforce, "
+        "flash_reinforce."
+    ]
+    args = resolved_with([(BASE, "gae"), (SWITCH, "depo")], "--depo.advantage.base", "rloo")
+    assert args.algo.advantage.estimator == "rloo"
+
+
+@pytest.mark.parametrize("base", ["reinforce", "reinforce_baseline"])
+def test_importance_weights_are_refused_on_a_base_of_the_launch_that_whitens(base, capsys):
+    with pytest.raises(SystemExit):
+        resolved_with([(BASE, base), (SWITCH, "depo")], "--depo.advantage.importance_rescale")
+    (fault,) = capsys.readouterr().err.splitlines()[1:]
+    assert fault.startswith(
+        f"--depo.advantage.importance_rescale true: cannot go with --algo.advantage.estimator {base}, which whitens"
+    )
+
+
+def test_one_line_says_what_depo_does(capsys):
+    resolved()
+    assert capsys.readouterr().out == (
+        "DEPO is on: advantages by group_norm (the launch names none); filter rule window 0.15 to 0.85, after 5 steps "
+        "that keep every prompt; encoder all-MiniLM-L6-v2 (bundled), mode frozen, on 1 CPU core; metrics depo/* in "
+        "out/depo/metrics.jsonl\n"
+    )
+    flags = "--depo.filter.rule utility --depo.filter.warmup_steps 9 --depo.estimator.num_gpus 0.1".split()
+    resolved_with([(BASE, "rloo"), (SWITCH, "depo")], *flags)
+    assert capsys.readouterr().out == (
+        "DEPO is on: advantages by rloo; filter rule utility of at least 0.5, after 9 steps that keep every prompt; "
+        "encoder all-MiniLM-L6-v2 (bundled), mode frozen, on 0.1 of a GPU; metrics depo/* in "
+        "out/depo/metrics.jsonl\n"
+    )
+    resolved("--depo.advantage.base", "dr_grpo", "--depo.estimator.num_cpus", "4")
+    told = capsys.readouterr().out
+    assert "advantages by dr_grpo (--depo.advantage.base); " in told
+    assert "on 4 CPU cores; " in told
+
+
+def test_a_reward_models_scores_are_logits_and_the_start_says_what_the_range_does(capsys):
+    flags = {"reward.remote_url": None, "reward.model_name_or_path": "rm"}
+    resolved("--depo.labels.reward_range", "-4", "4", **flags)
+    _, warning = capsys.readouterr().out.splitlines()
+    assert warning.startswith(
+        "[Warning] DEPO: the scores of --reward.model_name_or_path are logits, and --depo.labels.reward_range -4 4 "
+        "clips them: -4 and below is a wrong response, 4 and above a right one."
+    )
+
+
+def test_an_encoder_that_cannot_be_used_stops_the_launch_before_ray(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        resolved("--depo.estimator.model", str(tmp_path))
+    assert stop.value.code == 2
+    head, fault = capsys.readouterr().err.splitlines()
+    assert head == "DEPO: this launch cannot work as it is set:"
+    assert fault.startswith(f"--depo.estimator.model {tmp_path}: ")
+    assert resolved("--depo.estimator.model", "a/b", use_ms=True).depo.enabled, "ModelScope's hub is asked later"
 
 
 @pytest.mark.parametrize("flags", [[], ["--depo.filter.low", "0.3", "--depo.config", "nowhere.yaml"]])
 def test_without_depo_nothing_is_left_of_it(flags, capsys):
-    args = launch(*flags, **{"algo.advantage.estimator": "rloo"})
+    args = launch(*flags, **{"algo.advantage.estimator": "rloo", "depo.chosen": [(BASE, "rloo")]})
     hooks.resolve(args)
     assert not hasattr(args, "depo")
     assert args.algo.advantage.estimator == "rloo"
@@ -230,7 +367,7 @@ class Recorder:
     def __init__(self, metrics=None, weights=None, save_s=0.5):
         self.metrics, self.weights, self.save_s = metrics, weights, save_s
         self.calls = []
-        self.tally = {"time_blocked": 0.25, "labels_unsent": 0.0, "labels_dropped": 0.0}
+        self.tally = {"time_blocked": 0.25, "labels_unsent": 0.0, "labels_dropped": 0.0, "clipped": 0.0}
 
     def observe(self, labels):
         self.calls.append(("observe", labels))
@@ -248,7 +385,7 @@ class Recorder:
         return self.metrics
 
     def take_tally(self):
-        tally, self.tally = self.tally, self.tally | {"labels_unsent": 0.0, "labels_dropped": 0.0}
+        tally, self.tally = self.tally, self.tally | dict.fromkeys(("labels_unsent", "labels_dropped", "clipped"), 0.0)
         return tally
 
     def save(self, tag, live_tags):
@@ -322,29 +459,54 @@ def test_rewards_pass_and_a_reward_model_gives_them_later():
     hooks.check_rewards(args, [response("p0", False)])
 
 
-def test_a_whole_first_batch_outside_the_range_stops_the_run(process):
-    process.handle = Recorder()
-    args = resolved("--depo.labels.reward_range", "-1", "0.5")
-    with pytest.raises(RuntimeError) as error:
-        hooks.observe(args, [micro_batch(range(4), [1.0, 0.0, 1.0, 1.0])], 1)
-    assert str(error.value) == (
-        "DEPO: 2 of 2 groups have scores outside --depo.labels.reward_range -1.0 0.5, in the whole first batch. Set "
-        "the range your rewards are in."
-    )
-    assert process.handle.calls == []
-
-
-@pytest.mark.parametrize(("step", "rewards"), [(1, [0.0, 1.0, 0.0, 2.0]), (2, [2.0, 2.0, 2.0, 2.0])])
-def test_groups_outside_the_range_are_counted_and_warned_of_once(step, rewards, process, caplog):
+def test_scores_outside_the_range_are_clipped_counted_and_warned_of_once(process, caplog):
+    """Rewards of -1 and 1 in the default range: the labels are right, and the warning names flag, share and values."""
     process.handle, args = Recorder(), resolved()
-    for turn in range(3):
-        hooks.observe(args, [micro_batch(range(4), rewards)], step + turn)
-    dropped = 1 if step == 1 else 2
+    for step in (1, 2, 3):
+        hooks.observe(args, [micro_batch(range(4), [-1.0, 1.0, 1.0, 1.0])], step)
+    assert [[label.y for label in labels] for _, labels in process.handle.calls] == [[0.5, 1.0]] * 3
+    assert process.handle.tally["clipped"] == 3
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert f"{dropped} of 2 groups have scores outside --depo.labels.reward_range 0.0 1.0 (or not finite)" in warning
-    assert "they are not learned from" in warning
-    assert process.handle.tally["labels_dropped"] == 3 * dropped
-    assert [len(labels) for name, labels in process.handle.calls] == [2 - dropped] * 3
+    assert warning.startswith(
+        "DEPO: 25% of the scores (1 of 4, from -1 to 1) are outside --depo.labels.reward_range 0 1 and are clipped"
+    )
+    assert "takes 0 for a wrong response and 1 for a right one. Set the range to your scores" in warning
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("reward", [1.0, math.nan])
+def test_rewards_of_every_shape_are_observed_and_rejected(shape, reward, process):
+    """As OpenRLHF makes them of a server's lists: NaN is found, the others are learned from."""
+    process.handle, process.loader = Recorder(), SimpleNamespace(refund=lambda count: None)
+    batch = micro_batch(range(4), [0.0, 1.0, 1.0, reward], scores=[0.0, 1.0, 1.0, reward])
+    group = [micro_batch([i], [r], scores=[r]) for i, r in enumerate([0.0, reward])]
+    for one in (batch, *group):
+        one.rewards, one.scores = (x.reshape(len(x), *shape) for x in (one.rewards, one.scores))
+    if math.isnan(reward):
+        with pytest.raises(RuntimeError, match="1 of 4 responses have a reward that is NaN"):
+            hooks.observe(resolved(), [batch], 2)
+        with pytest.raises(RuntimeError, match="1 of 2 responses have a reward that is NaN"):
+            hooks.reject(resolved(), group)
+        return
+    hooks.observe(resolved(), [batch], 2)
+    hooks.reject(resolved(), group)
+    (_, observed), (_, rejected) = process.handle.calls
+    assert [label.y for label in [*observed, rejected]] == [0.5, 1.0, 0.5]
+
+
+def test_responses_get_back_the_prompt_and_label_they_were_sent_with(process):
+    """An agent rewrites the prompt, a reward function changes the label; two groups are in flight at once."""
+    label = {"answer": 4}
+    hooks.dispatched(["ref 0", "ref 1"], ["p0", "p1"], [label, "a1"])
+    hooks.dispatched(["ref 2"], ["p0"], ["a2"])
+    back = [micro_batch([i], [1.0]) for i in range(2)]
+    for one in back:
+        one.prompts, one.labels = ["p0 and a hint"], [{"answer": 4, "seen": True}]
+    hooks.received("ref 0", back)
+    assert [(one.prompts, one.labels) for one in back] == [(["p0"], [label])] * 2
+    hooks.received("ref 2", back)
+    assert [(one.prompts, one.labels) for one in back] == [(["p0"], ["a2"])] * 2
+    assert list(process.in_flight) == ["ref 1"]
 
 
 def test_observe_sends_the_labels_and_leaves_the_advantages_alone(process):
@@ -385,9 +547,13 @@ def test_a_rejected_group_is_sent_and_its_place_given_back(process):
     group = [micro_batch([i], [1.0], scores=[1.0]) for i in range(2)]
     hooks.reject(resolved(), group)
     assert process.handle.calls == [("reject", Label("p0", "a0", 1.0, None, 2, False))]
-    hooks.reject(resolved("--depo.labels.reward_range", "0", "0.5"), group)
+    hooks.reject(resolved("--depo.labels.reward_range", "-3", "-1"), group)
+    assert process.handle.tally["clipped"] == 2
+    assert process.handle.calls[1:] == [("reject", Label("p0", "a0", 1.0, None, 2, False))]
+    group[0].scores = torch.tensor([math.nan])
+    hooks.reject(resolved(), group)
     assert process.handle.tally["labels_dropped"] == 1
-    assert (len(process.handle.calls), refunds) == (1, [1, 1])
+    assert (len(process.handle.calls), refunds) == (2, [1, 1, 1])
 
 
 def test_log_adds_the_metrics_to_the_status_and_to_the_file(process, tmp_path):
@@ -402,12 +568,13 @@ def test_log_adds_the_metrics_to_the_status_and_to_the_file(process, tmp_path):
         "depo/time_blocked": 0.75,
         "depo/labels_unsent": 0.0,
         "depo/labels_dropped": 4.0,
+        "depo/clipped": 0.0,
     }
     assert status == {"policy_loss": 0.125, "generated_samples": ["text", 1.0]} | depo
     assert all(type(status[name]) is float for name in depo)
     assert process.handle.calls == [("wait", "sent", 7.0)]
     process.handle.metrics = None  # the estimator did not answer: what is known here is logged all the same
-    process.handle.tally |= {"labels_unsent": 3.0, "labels_dropped": 1.0}
+    process.handle.tally |= {"labels_unsent": 3.0, "labels_dropped": 1.0, "clipped": 6.0}
     hooks.log(args, {"policy_loss": 0.25}, 7)
     rows = [json.loads(line) for line in (tmp_path / "my model/depo/metrics.jsonl").read_text().splitlines()]
     assert rows == [
@@ -418,6 +585,7 @@ def test_log_adds_the_metrics_to_the_status_and_to_the_file(process, tmp_path):
             "depo/time_blocked": 0.25,
             "depo/labels_unsent": 3.0,  # of this step
             "depo/labels_dropped": 5.0,  # in all
+            "depo/clipped": 6.0,  # of this step
         },
     ]
 
@@ -458,7 +626,7 @@ def test_a_run_that_does_not_resume_loads_nothing(process):
 
 # ---- The seam
 
-OFF = {"parse_args": "depo_hooks", "resolve": "depo_hooks"}  # the two that run without DEPO, behind its presence
+OFF = {"add_arguments": "depo_hooks", "resolve": "depo_hooks"}  # the two that run without DEPO, behind its presence
 ON = {"depo_hooks and depo_hooks.enabled(args)", "depo_hooks and depo_hooks.enabled(self.args)"}
 INNER = {"check_signatures"}  # public, called by other hooks
 
@@ -496,7 +664,7 @@ def calls(patched_copy):
 
 @pytest.mark.wheel
 def test_every_call_in_the_patch_is_one_of_the_patched_files(calls):
-    assert len(calls) == sum(line.count("depo_hooks.") for line in added_lines()) == 26
+    assert len(calls) == sum(line.count("depo_hooks.") for line in added_lines()) == 30
 
 
 @pytest.mark.wheel
@@ -511,7 +679,7 @@ def test_every_call_fits_the_hooks_signature(calls):
 @pytest.mark.wheel
 def test_every_call_is_behind_the_one_question(calls):
     work = [(name, guard) for name, _, guard in calls if name != "enabled"]
-    assert len(work) == 14
+    assert len(work) == 16
     for name, guard in work:
         assert guard == OFF[name] if name in OFF else guard in ON, name
     asked = [call for name, call, _ in calls if name == "enabled"]

@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -50,8 +52,8 @@ def micro_batch(index, rewards, scores=None, log_probs=None, mask=None, group_si
 
 
 def only(found):
-    (label,), dropped = found
-    assert dropped == 0
+    (label,) = found.labels
+    assert (found.dropped, found.clipped) == (0, 0)
     return label
 
 
@@ -60,14 +62,14 @@ def test_groups_are_put_together_by_index_where_micro_batches_cut_across_them():
     rewards = {0: 0, 1: 1, 2: 0, 3: 1, 4: 1, 5: 1, 6: 0, 7: 1, 8: 1}
     parts = [[7, 0, 4, 2], [8, 3], [1, 5, 6]]
     batches = [micro_batch(part, [rewards[i] for i in part], group_size=3) for part in parts]
-    labels, dropped = from_experiences(batches, 3, UNIT)
-    assert dropped == 0
-    assert [(one.prompt, one.label, one.n, one.signal) for one in labels] == [
+    found = from_experiences(batches, 3, UNIT)
+    assert (found.dropped, found.clipped, found.scores) == (0, 0, 9)
+    assert [(one.prompt, one.label, one.n, one.signal) for one in found.labels] == [
         ("p0", "a0", 3, True),
         ("p1", "a1", 3, False),
         ("p2", "a2", 3, True),
     ]
-    assert [one.y for one in labels] == pytest.approx([1 / 3, 1.0, 2 / 3])
+    assert [one.y for one in found.labels] == pytest.approx([1 / 3, 1.0, 2 / 3])
 
 
 def test_one_micro_batch_or_many_give_the_same_labels():
@@ -76,7 +78,7 @@ def test_one_micro_batch_or_many_give_the_same_labels():
     whole = from_experiences([micro_batch(range(4), rewards, log_probs=log_probs)], 2, UNIT)
     single = [micro_batch([i], [rewards[i]], log_probs=[log_probs[i]]) for i in (3, 1, 0, 2)]
     assert from_experiences(single, 2, UNIT) == whole
-    assert [one.y for one in whole[0]] == [0.125, 0.75]
+    assert [one.y for one in whole.labels] == [0.125, 0.75]
 
 
 def test_d_is_the_exponential_of_the_mean_over_responses_of_their_mean_token_log_prob():
@@ -118,17 +120,76 @@ def test_y_is_the_mean_of_the_scores_mapped_to_the_unit_interval(reward_range, s
     assert (label.y, label.d, label.n) == (pytest.approx(y), None, 3)
 
 
-@pytest.mark.parametrize("bad", [1.0001, -0.0001, math.nan, math.inf, -math.inf])
-def test_a_group_with_a_score_that_is_no_score_is_dropped_and_counted(bad):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_group_with_a_score_that_is_not_finite_is_dropped_and_counted(bad):
     batch = micro_batch(range(6), [0, 1, 0, bad, 1, 1])
-    labels, dropped = from_experiences([batch], 2, UNIT)
-    assert dropped == 1
-    assert [one.prompt for one in labels] == ["p0", "p2"]
+    found = from_experiences([batch], 2, UNIT)
+    assert [one.prompt for one in found.labels] == ["p0", "p2"]
+    assert found[1:] == (1, 0, 5, 0.0, 1.0)  # dropped, clipped, finite scores, lowest, highest
+
+
+def test_scores_outside_the_range_are_clipped_and_counted():
+    """-1 for wrong and 1 for right in the default range: -1 is as wrong as 0, and y the share of right ones."""
+    found = from_experiences([micro_batch(range(8), [-1, 1, -1, -1, 1, 1, 1, 2.5], group_size=4)], 4, UNIT)
+    assert [(one.y, one.signal) for one in found.labels] == [(0.25, True), (1.0, True)]
+    assert found[1:] == (0, 4, 8, -1.0, 2.5)
 
 
 def test_both_ends_of_the_range_are_inside_it():
-    labels, dropped = from_experiences([micro_batch(range(4), [-2, -2, 3, 3])], 2, (-2.0, 3.0))
-    assert (dropped, [one.y for one in labels]) == (0, [0.0, 1.0])
+    found = from_experiences([micro_batch(range(4), [-2, -2, 3, 3])], 2, (-2.0, 3.0))
+    assert (found.dropped, found.clipped, [one.y for one in found.labels]) == (0, 0, [0.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_end_of_the_range_that_the_rewards_dtype_rounds_is_inside_it(sign, dtype):
+    """float32 of 1.1 is above 1.1, and bf16 of it is 1.1015625: right responses all the same."""
+    ends = [sign * i / 10 for i in range(1, 51)]
+    for end in ends:
+        batch = micro_batch([0, 1], [0, 0])
+        batch.rewards = torch.tensor([end, end]).to(dtype)
+        label = only(from_experiences([batch], 2, (0.0, end) if sign > 0 else (end, 0.0)))
+        assert label.y == pytest.approx(1.0 if sign > 0 else 0.0, abs=0.004), end
+    assert len(ends) == 50
+
+
+# What OpenRLHF makes of the answers of reward functions and servers: the shape of one response's tensor.
+SHAPES = {"number": (), "a list or an array of one": (1,), "a list of lists": (1, 1)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_rewards_of_every_shape_give_the_same_labels(shape):
+    rewards = [0.0, 1.0, 1.0, 0.25]
+    plain = micro_batch(range(4), rewards, scores=rewards)
+    shaped = micro_batch(range(4), rewards, scores=rewards)
+    shaped.rewards, shaped.scores = (x.reshape(4, *shape) for x in (shaped.rewards, shaped.scores))
+    assert from_experiences([shaped], 2, UNIT) == from_experiences([plain], 2, UNIT)
+    singles = [micro_batch([i], [r], scores=[r], group_size=4) for i, r in enumerate(rewards)]
+    expected = from_rejected(singles, UNIT)
+    for one in singles:
+        one.rewards, one.scores = one.rewards.reshape(1, *shape), one.scores.reshape(1, *shape)
+    assert from_rejected(singles, UNIT) == expected
+    assert expected.labels[0].y == 0.5625
+
+
+def test_two_rewards_for_one_response_are_refused_by_name():
+    batch = micro_batch([0, 1], [0, 1])
+    batch.rewards = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"rewards of shape \(2, 2\) for 2 responses: each response needs one number"):
+        from_experiences([batch], 2, UNIT)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [datetime(2026, 11, 26), Decimal("1.50"), b"4", {"answer": 4}, ["4"], None, 4],
+    ids=lambda x: type(x).__name__,
+)
+def test_of_a_label_its_text_alone_is_kept(label):
+    batch = micro_batch([0, 1], [0, 1])
+    batch.labels = [label, label]
+    assert only(from_experiences([batch], 2, UNIT)).label == str(label)
+    assert only(from_rejected([micro_batch([0], [1], scores=[1])], UNIT)).label == "a0"
+    assert group_prompts([batch], 2) == (["p0"], [str(label)])
 
 
 def test_without_scores_the_rewards_are_the_scores():
@@ -153,10 +214,13 @@ def test_half_precision_rewards_and_log_probs_are_taken():
 
 def test_a_group_that_dynamic_filtering_throws_away_has_no_d_and_its_scores_as_rewards():
     group = [micro_batch([i], [9.0], scores=[score], group_size=4) for i, score in enumerate([0, 1, 1, 1])]
-    assert from_rejected(group, UNIT) == Label("p0", "a0", 0.75, None, 4, True)
+    assert only(from_rejected(group, UNIT)) == Label("p0", "a0", 0.75, None, 4, True)
     group = [micro_batch([i], [9.0], scores=[1], group_size=4) for i in range(4)]
-    assert from_rejected(group, UNIT) == Label("p0", "a0", 1.0, None, 4, False)
-    assert from_rejected(group, (-1.0, 0.5)) is None
+    assert only(from_rejected(group, UNIT)) == Label("p0", "a0", 1.0, None, 4, False)
+    found = from_rejected(group, (-1.0, 0.5))
+    assert (found.labels[0].y, found.clipped) == (1.0, 4)
+    group[2].scores = torch.tensor([math.nan])
+    assert from_rejected(group, UNIT)[:2] == ([], 1)
 
 
 def test_prompts_of_the_groups_are_in_rollout_order():
@@ -181,12 +245,12 @@ def response(i):
         prompts=[f"p{i // group}"], labels=[f"a{i // group}"], images=[None], mm_train_inputs=[None],
         rewards=torch.tensor([rewards[i]]), scores=torch.tensor([rewards[i]]),
     )
-rejected = labels.from_rejected([response(i) for i in range(group)], (0., 1.))
+(rejected,) = labels.from_rejected([response(i) for i in range(group)], (0., 1.)).labels
 batches = [Experience.concat_experiences([response(i) for i in part], 0) for part in ([4, 0, 2, 5], [3, 1])]
 for batch in batches:  # token t of response i: -(i + 1) / 10, on padding -99
     rows = -(torch.tensor(batch.index).float()[:, None] + 1) / 10
     batch.action_log_probs = torch.where(batch.action_mask.bool(), rows.expand(batch.action_mask.shape), -99.)
-found, dropped = labels.from_experiences(batches, group, (0., 1.))
+found, dropped, *_ = labels.from_experiences(batches, group, (0., 1.))
 print(json.dumps({
     "rejected": dataclasses.astuple(rejected), "found": [dataclasses.astuple(one) for one in found],
     "dropped": dropped, "prompts": labels.group_prompts(batches, group),

@@ -11,6 +11,8 @@ import math
 import time
 import typing
 from collections import Counter
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -223,7 +225,7 @@ def test_records_say_what_was_decided():
     loader, estimator = make(200, 16)
     drawn = [number(next(loader)) for _ in range(16)]
     (batch,) = estimator.batches
-    assert set(batch[0]) == {"key", "p", "v", "q", "keep", "reason", "datasource", "share"}
+    assert set(batch[0]) == {"key", "text", "p", "v", "q", "keep", "reason", "datasource", "share"}
     assert numbers([r for r in batch if r["keep"]], 200) == drawn
     assert batch[-1]["keep"]
     assert 20 < len(batch) < 64
@@ -1035,7 +1037,7 @@ def test_the_state_is_small_and_plain():
 
 
 LOADER_STATE = {"pool", "batch_size", "seed", "budget", "episode", "before", "served", "refunds", "cursor", "queue"}
-LOADER_STATE |= {"open", "asked", "updates", "keep_rate"}
+LOADER_STATE |= {"open", "asked", "updates", "keep_rate", "digest"}
 
 
 def test_a_state_has_exactly_its_fields():
@@ -1058,7 +1060,6 @@ def test_a_state_of_openrlhfs_own_loader_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 21}, r"prompt dataset's length .*--data.max_samples\) was 20, is 21"),
         ({"batch_size": 4}, r"--rollout.vllm_generate_batch_size .* was 5, is 4"),
         ({"seed": 7}, r"--train.seed was 0, is 7"),
         ({"budget": "data"}, r"--depo.filter.budget was steps, is data"),
@@ -1073,6 +1074,125 @@ def test_a_state_of_another_run_is_refused_by_name(options, message):
 
 def test_all_differences_are_named_at_once():
     loader, _ = make(20, 5)
-    other, _ = make(21, 4, seed=7)
-    with pytest.raises(ValueError, match=r"max_samples.*batch_size.*--train.seed"):
+    other, _ = make(20, 4, seed=7)
+    with pytest.raises(ValueError, match=r"batch_size.*--train.seed"):
         other.load_state_dict(loader.state_dict())
+
+
+# ── Another pool, and what tells one from another ──
+
+
+class Texts(Prompts):
+    """A pool of these prompts and labels."""
+
+    def __init__(self, prompts, labels=None):
+        super().__init__(len(prompts))
+        self.prompts = prompts
+        self.labels = [f"label {i}" for i in range(len(prompts))] if labels is None else labels
+
+    def __getitem__(self, i):
+        return "source", self.prompts[i], self.labels[i], None
+
+
+def loader_of(prompts, labels=None, **options):
+    dataset = Texts(prompts, labels)
+    inner = SimpleNamespace(dataset=dataset, collate_fn=dataset.collate_fn)
+    estimator = SimpleNamespace(
+        score_async=lambda *_: SimpleNamespace(result=lambda: None), record=lambda records: None
+    )
+    return make(len(prompts), 4, estimator=estimator, inner=inner, **options)[0]
+
+
+POOL = [f"What is {i} + {i}?" for i in range(20)]
+OTHERS = {
+    "as many others": ([f"What is {i} + {i + 1}?" for i in range(20)], None),
+    "one text changed": ([*POOL[:-1], "What is 19 + 20?"], None),
+    "one label changed": (POOL, [f"label {i}" for i in range(19)] + ["label 20"]),
+    "two exchanged": ([POOL[1], POOL[0], *POOL[2:]], None),
+    "longer": ([*POOL, "What is 20 + 20?"], None),
+    "shorter": (POOL[:-1], None),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_state_of_another_pool_is_told_and_the_next_pass_starts(other, caplog):
+    """Positions of the old pool would be other prompts; nothing else of the run is lost."""
+    loader = loader_of(POOL, episodes=3)
+    for _ in range(8):
+        next(loader)
+    state = loader.state_dict()
+    resumed = loader_of(*OTHERS[other], episodes=3)
+    resumed.load_state_dict(state)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    prompts, _ = OTHERS[other]
+    assert f"not the prompts of the checkpoint (20 then, {len(prompts)} now" in warning
+    assert "a date" in warning
+    assert prompts[0] in warning
+    again = resumed.state_dict()
+    assert (again["cursor"], again["queue"], again["served"], again["episode"]) == (len(prompts), [], 8, 0)
+    rest = [prompt for _, (prompt,), *_ in resumed]
+    assert len(rest) == len(prompts) // 4 * 4 - 8  # the rest of the episode
+    assert len(set(rest)) == len(rest)
+    assert rest == [prompts[i] for i in stream(len(prompts), 0, 2 * len(prompts))[len(prompts) :][: len(rest)]]
+
+
+def test_the_same_pool_goes_on_without_a_word(caplog):
+    loader, resumed = loader_of(POOL), loader_of(POOL)
+    for _ in range(8):
+        next(loader)
+    resumed.load_state_dict(loader.state_dict())
+    assert caplog.records == []
+    assert [prompt for _, (prompt,), *_ in resumed] == [prompt for _, (prompt,), *_ in loader]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: {:%d %b %Y}\n\n",
+        "Knowledge cutoff: 2024-06\nCurrent date: {:%Y-%m-%d}\n\n",
+        "Knowledge Cutoff Date: April 2024.\nToday's Date: {:%B %d, %Y}.\nYou are Granite.",
+        "You are Mistral.\nThe current date is {:%Y-%m-%d}.\n",
+        "Today\u2019s date is {:%d %B %Y}\n",
+    ],
+    ids=["Llama", "gpt-oss", "Granite", "Mistral", "SmolLM"],
+)
+def test_a_date_in_the_chat_template_makes_no_other_prompt(header, caplog):
+    """A run that is resumed on another day finds its pool, and each prompt its history."""
+    monday, tuesday = (
+        [header.format(day) + text for text in POOL] for day in (datetime(2026, 9, 30), datetime(2026, 10, 1))
+    )
+    assert not set(monday) & set(tuesday)
+    loader, resumed = loader_of(monday), loader_of(tuesday)
+    for _ in range(8):
+        next(loader)
+    resumed.load_state_dict(loader.state_dict())
+    assert caplog.records == []
+    assert [prompt_key(text, "a") for text in monday] == [prompt_key(text, "a") for text in tuesday]
+    assert len({prompt_key(text, "a") for text in monday}) == 20
+
+
+def test_a_date_that_is_part_of_the_problem_tells_prompts_apart():
+    keys = {
+        prompt_key(f"How many days from 2026-01-0{i} to 2026-11-26? The date: 2026-0{i}-01", "a") for i in range(9)
+    }
+    assert len(keys) == 9
+
+
+def test_labels_of_any_kind_reach_the_estimator_as_text_and_openrlhf_as_they_are():
+    label = {"answer": Decimal("1.5"), "on": datetime(2026, 11, 26)}
+    asked = []
+    loader = loader_of(POOL, [label] * 20)
+    loader._estimator.score_async = lambda prompts, labels: (
+        asked.extend(labels) or SimpleNamespace(result=lambda: None)
+    )
+    _, _, (given,), _ = next(loader)
+    assert given is label
+    assert set(asked) == {str(label)}
+    json.dumps(loader.state_dict())
+
+
+def test_chat_messages_without_a_template_are_refused_by_name():
+    chat = [[{"role": "user", "content": text}] for text in POOL]
+    with pytest.raises(ValueError, match=r"prompt 0 .* is no text but a list: .*add --data\.apply_chat_template"):
+        loader_of(chat)

@@ -1,6 +1,9 @@
 """What OpenRLHF's real parser and validation make of our flags, patched and not."""
 
+import itertools
+
 import pytest
+from example_launches import LAUNCHES
 from real_parser import launches
 
 from depo_plugin import config
@@ -18,9 +21,9 @@ IMAGES = ["--data.max_images_per_prompt", "2"]
 
 # name -> flags. All go through one process per copy, for importing vLLM takes seconds.
 PATCHED = {
-    "old spelling": [*BASE, *DEPO],
+    "switch": [*BASE, *DEPO],
     "one word": [*BASE, "--advantage_estimator=depo"],
-    "new spelling": [*BASE, "--algo.advantage.estimator", "depo"],
+    "as a value": [*BASE, "--algo.advantage.estimator", "depo"],
     "rloo": [*BASE, *DEPO, "--depo.advantage.base", "rloo"],
     "preset and flag": [*BASE, *DEPO, "--depo.config", "depo_paper", "--depo.filter.low", "0.3"],
     "agent": [*BASE, *NO_REWARD, *DEPO, "--train.agent_func_path", "agent.py"],
@@ -103,7 +106,7 @@ def test_the_comparison_sees_launches_that_work_and_others(plain):
     assert plain["one response"].error.startswith("AssertionError: rloo requires n_samples_per_prompt > 1")
 
 
-@pytest.mark.parametrize("name", ["old spelling", "one word", "new spelling"])
+@pytest.mark.parametrize("name", ["switch", "one word", "as a value"])
 def test_depo_is_group_norm_and_settings(name, depo, plain):
     args = dict(depo[name].args)
     settings = args.pop("depo")
@@ -172,3 +175,95 @@ def test_flags_without_depo_run_with_a_warning_that_names_them(depo, plain):
     assert warning.startswith("[Warning] DEPO is off (--advantage_estimator rloo)")
     assert "--depo.filter.low" in warning
     assert "--depo.config" in warning
+
+
+# ── OpenRLHF's own example launches, with the switch first, last and in the middle ──
+
+
+def flag_of(flags, name, default=None):
+    """The value of the last `name` among these flags."""
+    return next((value for flag, value in reversed([*itertools.pairwise(flags)]) if flag == name), default)
+
+
+def between(flags):
+    """A place in the middle of a launch, in front of a flag."""
+    return next(i for i in range(len(flags) // 2, len(flags)) if flags[i].startswith("--"))
+
+
+def with_switch(flags):
+    """The launch with the switch first, in the middle, last."""
+    middle = between(flags)
+    return [[*DEPO, *flags], [*flags[:middle], *DEPO, *flags[middle:]], [*flags, *DEPO]]
+
+
+def reasons(flags):
+    """Why DEPO must refuse a launch: the beginnings of the lines."""
+    found = []
+    if flag_of(flags, "--algo.advantage.estimator") == "gae":
+        found.append("--algo.advantage.estimator gae: cannot go with --advantage_estimator depo, which has no critic.")
+    if int(flag_of(flags, "--rollout.n_samples_per_prompt", 1)) < 2:
+        found.append("--rollout.n_samples_per_prompt 1: must be at least 2, ")
+    if int(flag_of(flags, "--data.max_images_per_prompt", 0)):
+        found.append("--data.max_images_per_prompt 1: must be 0, ")
+    return found
+
+
+@pytest.fixture(scope="module")
+def examples(patched_copy):
+    """(name, place of the switch) -> outcome; place None: the launch as it is."""
+    calls = {(name, None): flags for name, flags in LAUNCHES.items()}
+    calls |= {(name, i): flags for name in LAUNCHES for i, flags in enumerate(with_switch(LAUNCHES[name]))}
+    return run(calls, patched_copy)
+
+
+def test_the_examples_show_every_kind():
+    assert len(LAUNCHES) >= 30
+    refused = {name for name, flags in LAUNCHES.items() if reasons(flags)}
+    assert 12 <= len(refused) <= len(LAUNCHES) - 12
+    bases = {flag_of(flags, "--algo.advantage.estimator") for flags in LAUNCHES.values()}
+    assert bases == {*config.BASES, "gae", None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_an_example_launch_is_depo_over_its_own_base_or_refused_with_the_reason(name, examples):
+    flags, plain = LAUNCHES[name], examples[name, None]
+    assert plain.error is None
+    assert "depo" not in plain.args
+    for place in range(3):
+        outcome = examples[name, place]
+        if wrong := reasons(flags):
+            assert (outcome.args, outcome.status, outcome.ray_wanted) == (None, 2, False)
+            head, *faults = outcome.err.splitlines()
+            assert head == "DEPO: this launch cannot work as it is set:"
+            assert len(faults) == len(wrong)
+            assert all(fault.startswith(start) for fault, start in zip(faults, wrong, strict=True)), faults
+            continue
+        assert outcome.error is None, outcome.error
+        args = dict(outcome.args)
+        settings = args.pop("depo")
+        assert settings["enabled"] is True
+        base = flag_of(flags, "--algo.advantage.estimator", "group_norm")
+        assert args["algo"]["advantage"]["estimator"] == settings["advantage"]["base"] == base
+        if flag_of(flags, "--algo.advantage.estimator"):
+            assert same_args(args) == same_args(plain.args), "all else is the launch's own"
+        first = outcome.out.splitlines()[0]
+        assert first.startswith(f"DEPO is on: advantages by {base}; ")
+
+
+@pytest.mark.slow
+def test_with_more_samples_the_other_examples_run_too(patched_copy):
+    """The fix that the refusal names, on every launch that samples once."""
+    more = ["--rollout.n_samples_per_prompt", "8", *DEPO]
+    once = {
+        name: [*flags, *more]
+        for name, flags in LAUNCHES.items()
+        if reasons(flags) and not reasons([*flags, "--rollout.n_samples_per_prompt", "8"])
+    }
+    assert len(once) >= 10
+    for name, outcome in run(once, patched_copy).items():
+        assert outcome.error is None, (name, outcome.err, outcome.error)
+        base = flag_of(once[name], "--algo.advantage.estimator", "group_norm")
+        assert outcome.args["algo"]["advantage"]["estimator"] == base
+        if base == "group_norm" and not flag_of(once[name], "--algo.advantage.estimator"):
+            assert "DEPO is on: advantages by group_norm (the launch names none); " in outcome.out

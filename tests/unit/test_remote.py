@@ -3,21 +3,20 @@
 The tests share one actor (conftest.py), for starting one takes seconds; each counts from the updates it finds.
 """
 
-import contextlib
-import importlib.util
 import logging
 import os
 import signal
 import time
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
 from test_config import nested
 
-from depo_plugin import config, hooks, remote
+from depo_plugin import checkpoint, config, hooks, labels, remote
 from depo_plugin.history import Scores, prompt_key
 from depo_plugin.labels import Label
 
@@ -111,7 +110,7 @@ def test_the_time_waited_is_given_once(handle):
     score(handle)
     waited = time.perf_counter() - start
     assert 0 < handle.take_tally()["time_blocked"] <= waited
-    assert handle.take_tally() == {"time_blocked": 0.0, "labels_unsent": 0.0, "labels_dropped": 0.0}
+    assert handle.take_tally() == dict.fromkeys(remote.TALLY, 0.0)
 
 
 def test_what_was_planned_rejected_and_rolled_out_is_learned_in_one_step(handle):
@@ -304,32 +303,39 @@ def test_a_process_without_an_estimator_is_told(cluster, monkeypatch):
         remote.connect(1)
 
 
-@pytest.mark.wheel
-def test_a_process_on_another_openrlhf_or_none_stops_the_run(process, args, tmp_path):
-    class Trainer:
-        """What check_attached asks of OpenRLHF's trainer, itself an actor."""
+def test_a_save_that_fails_says_why_and_is_no_fault_of_the_estimator(actor, handle, process, args, caplog):
+    """A state that JSON does not know, as labels were that are dates."""
 
-        def get_max_steps(self):
-            return 20
+    def spoil(host):
+        import datetime
 
-    installed = Path(importlib.util.find_spec("openrlhf").origin).parent
-    trainer = ray.remote(Trainer).options(num_cpus=0).remote()
-    args.algo = SimpleNamespace(advantage=SimpleNamespace(estimator="group_norm"))
-    other = tmp_path / "samples_generator.py"
-    other.write_text("# another release\n")
-    hooks.attach(args, "BasePPOTrainer", str(installed / hooks.SITES["BasePPOTrainer"]))
-    hooks.attach(args, "SamplesGenerator", str(other))
-    node = ray.util.get_node_ip_address()
-    with pytest.raises(hooks.SeamError) as error:
-        hooks.check_attached(args, trainer)
-    head, first, second, advice = str(error.value).splitlines()
-    assert "the run would silently be plain group_norm" in head
-    assert first.startswith(f"  prepare_datasets: no report; on node {node} openrlhf is {installed / '__init__.py'}")
-    expected = installed / hooks.SITES["SamplesGenerator"]
-    assert second == f"  SamplesGenerator: node {node} runs {other}, which differs from {expected}"
-    assert "depo patch --check" in advice
-    for site in ("prepare_datasets", "SamplesGenerator"):
-        hooks.attach(args, site, str(installed / hooks.SITES[site]))
-    hooks.check_attached(args, trainer)
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.kill(trainer)
+        whole = host.estimator.state_dict
+        host.estimator.state_dict = lambda: whole() | {"losses": {"since": datetime.date(2026, 11, 26)}}
+
+    on(actor, spoil)
+    try:
+        hooks.save(args, "global_step700")
+        hooks.save(args, "global_step701")
+    finally:
+        restore(actor, "state_dict")
+    told = warnings_of(caplog)
+    assert told == [
+        f"DEPO: the estimator's checkpoint global_step70{i} could not be written (TypeError: Object of type date is "
+        "not JSON serializable); training goes on."
+        for i in range(2)
+    ]
+    assert score(handle) is not None
+    hooks.save(args, "global_step702")
+    assert warnings_of(caplog) == told
+
+
+@pytest.mark.parametrize(
+    "label_", [datetime(2026, 11, 26), Decimal("1.50"), b"4", {"answer": 4, "on": date(2026, 1, 1)}]
+)
+def test_labels_of_any_kind_are_saved(label_, handle, process, args, caplog):
+    group = labels.group_label(PROMPTS[0], label_, [0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0], None, (0.0, 1.0))
+    learn(handle, group)
+    hooks.save(args, "global_step710")
+    assert warnings_of(caplog) == []
+    state = checkpoint.load(Path(args.ckpt.path) / "depo" / "global_step710")
+    assert str(label_) in [label for _, label, *_ in state["recent"]]
