@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import run as quickstart  # noqa: E402
 import summary  # noqa: E402
 
 BATCH, GROUP, STEPS, WARMUP, SEED, POOL, EVAL = 32, 8, 20, 4, 7, 320, 64
+LIMIT_S = 900  # on a busy machine; a launch ends within two minutes on an idle one
 
 
 @dataclass
@@ -74,6 +76,25 @@ def launch(out: Path, flags: list[str], head_env=None, num_gpus: int = 2, kill_w
                 kill_when = None
         status = process.wait()
     steps.close()
+    return Launch(out, status, "".join(lines), summary.read_rows(out / "steps.jsonl"))
+
+
+def launch_on(env: dict[str, str], out: Path, flags: list[str], on_line=lambda line: None) -> Launch:
+    """Run one launch on the head of ray_head's env, at most LIMIT_S seconds; on_line sees each line of its output."""
+    steps, lines = quickstart.StepLog(out, STEPS, GROUP), []
+    process = cpu_ray.start_training(flags, env, cwd=out)
+    watchdog = threading.Timer(LIMIT_S, process.kill)
+    watchdog.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            steps.feed(line)
+            on_line(line)
+        status = process.wait()
+    finally:
+        watchdog.cancel()
+        process.kill()
+        steps.close()
     return Launch(out, status, "".join(lines), summary.read_rows(out / "steps.jsonl"))
 
 

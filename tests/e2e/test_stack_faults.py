@@ -3,15 +3,13 @@
 import os
 import re
 import signal
-import threading
 import time
 from pathlib import Path
 from statistics import fmean
 
 import pytest
-from stack import BATCH, GROUP, STEPS, Launch, base_flags, cpu_ray, quickstart, summary
+from stack import BATCH, GROUP, STEPS, Launch, base_flags, cpu_ray, launch_on, quickstart
 
-LIMIT_S = 900  # on a busy machine; both launches end within two minutes on an idle one
 KILL_AT, SAVED = 4, 3  # the estimator is killed when step 4 is done; its checkpoint is of step 3
 BROKEN = BATCH * GROUP + 100  # the response whose reward fails: one of the second batch
 REWARD = f"""
@@ -36,23 +34,8 @@ def head(tmp_path_factory):
 
 
 def launch(env, out: Path, *extra: str, on_line=lambda line: None) -> Launch:
-    """Run one launch on this head, at most LIMIT_S seconds; on_line sees each line of its output."""
-    flags = base_flags(out, "--eval.steps", "-1", *extra)
-    steps, lines = quickstart.StepLog(out, STEPS, GROUP), []
-    process = cpu_ray.start_training(flags, env, cwd=out)
-    watchdog = threading.Timer(LIMIT_S, process.kill)
-    watchdog.start()
-    try:
-        for line in process.stdout:
-            lines.append(line)
-            steps.feed(line)
-            on_line(line)
-        status = process.wait()
-    finally:
-        watchdog.cancel()
-        process.kill()
-        steps.close()
-    return Launch(out, status, "".join(lines), summary.read_rows(out / "steps.jsonl"))
+    """Run one launch without evaluation on this head; on_line sees each line of its output."""
+    return launch_on(env, out, base_flags(out, "--eval.steps", "-1", *extra), on_line)
 
 
 def processes(env) -> dict[int, str]:
