@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # GRPO with DEPO on math problems, one node of 8 GPUs of 80 GB, policy and vLLM sharing each GPU (hybrid engine).
 #   bash scripts/train_depo_hybrid_engine.sh [more flags, which win over those below]
-# Before: pip install openrlhf-depo[openrlhf], then `depo patch`. On a cluster: `ray start --head` first.
+# Before: pip install "openrlhf-depo[openrlhf]", then `depo patch`. On a cluster: `ray start --head` first.
 #
 # NOT RUN ON GPUS BY US: a test puts these flags through OpenRLHF 0.11.2's own parser and checks, no more. The
 # recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.
