@@ -132,9 +132,9 @@ def check_encoder(model: str | None, depth: float, max_length: int) -> None:
     """Raise EncoderError if load_encoder() would refuse this encoder, or if it cannot embed text. Loads no weights.
 
     model, depth: as load_encoder() takes them; max_length: tokens of a prompt. A hub name that is not in the cache is
-    downloaded. Weights are memory that nobody fills, and one of the layers that are kept reads LEAST_TOKENS tokens:
-    a fraction of a second and little memory even for an encoder of billions. (On the meta device many kinds fail,
-    because their attention asks if a mask is all true.)
+    downloaded. The network is built on the CPU without filling its weights, and one of its layers reads LEAST_TOKENS
+    tokens: this takes about a second and 0.5 GB even if it has billions of weights. (The meta device has no values:
+    many kinds fail on it, because they ask if all of the mask is true.)
     """
     source = str(model or bundled_encoder())
     with _refusing(source):
@@ -188,9 +188,15 @@ def _read(source: str):
 
 
 def _text_encoder(network: nn.Module, depth: float) -> nn.Module:
-    """Return the part of AutoModel's network that reads text, cut to a share `depth` of its layers."""
+    """Return the part of AutoModel's network that reads text, cut to a share `depth` of its layers.
+
+    Raises ValueError if its config lacks what this package reads of a text encoder's.
+    """
     if "decoder_input_ids" in inspect.signature(network.forward).parameters:  # T5, BART: the decoder is not needed
         network = network.get_encoder()
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if not hasattr(network.config, name):
+            raise ValueError(f"{type(network).__name__} is not a text encoder: its config has no {name}.")
     _cut(network, depth)
     return network
 

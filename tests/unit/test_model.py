@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_encoder
 import torch
+from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -20,10 +21,14 @@ from transformers import (
     DistilBertConfig,
     ModernBertConfig,
     MPNetConfig,
+    PreTrainedTokenizerFast,
+    ReformerConfig,
     RobertaConfig,
     T5Config,
+    T5EncoderModel,
     ViTConfig,
     XLNetConfig,
+    XmodConfig,
 )
 
 from depo_plugin import encode, model
@@ -298,23 +303,46 @@ def test_each_kind_embeds_prompts_of_any_length(kind, kinds):
     assert ((scores.a > 0) & (scores.b > 0)).all()
 
 
-def test_of_t5_the_first_layers_of_its_encoder_are_used(kinds):
-    """Four of six layers, then the stack's own last norm."""
-    whole = AutoModel.from_pretrained(kinds["T5"]).get_encoder().eval()
-    encoder, _ = load_encoder(str(kinds["T5"]), 0.67)
+@pytest.mark.parametrize("kind", ["T5", "BART"])
+def test_of_an_encoder_and_a_decoder_the_encoders_first_layers_are_used(kind, kinds):
+    """Four of six layers, then T5's last norm; BART has none."""
+    whole = AutoModel.from_pretrained(kinds[kind]).get_encoder().eval()
+    encoder, _ = load_encoder(str(kinds[kind]), 0.67)
     with torch.no_grad():
         states = whole(input_ids=IDS, output_hidden_states=True).hidden_states
-        expected = whole.final_layer_norm(states[4])
+        expected = whole.final_layer_norm(states[4]) if kind == "T5" else states[4]
         found = encoder.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
     torch.testing.assert_close(found, expected)
 
 
+def test_t5_saved_without_its_decoder_is_used(loaded, tmp_path):
+    """Its config says that it is no encoder-decoder, yet AutoModel makes one of it."""
+    whole = T5EncoderModel(UNLIMITED["T5"][0]).eval()
+    whole.save_pretrained(tmp_path)
+    loaded[1].save_pretrained(tmp_path)
+    model.check_encoder(str(tmp_path), 1.0, 512)
+    encoder, _ = load_encoder(str(tmp_path))
+    with torch.no_grad():
+        found, expected = (network(input_ids=IDS).last_hidden_state for network in (encoder, whole))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_tokenizer_without_special_tokens_pads_with_token_0(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    bare = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="c"))
+    PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(tmp_path)
+    model.check_encoder(str(tmp_path), 0.67, 512)
+    assert load_encoder(str(tmp_path))[1].pad_token_id == 0
+
+
 @pytest.mark.parametrize("kind", UNLIMITED)
-def test_the_check_reads_no_weights(kind, kinds, tmp_path):
+def test_the_check_reads_no_weights_and_draws_nothing(kind, kinds, tmp_path):
     copy = shutil.copytree(kinds[kind], tmp_path / "copy")
     (copy / "model.safetensors").write_bytes(b"")
+    before = torch.get_rng_state()
     model.check_encoder(str(copy), 0.67, 512)
-    with pytest.raises(Exception, match="header"):
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(EncoderError, match="header"):
         load_encoder(str(copy))
 
 
@@ -323,9 +351,9 @@ def test_the_check_takes_the_default():
 
 
 def a_vision_model(path, folder):
-    ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64).save_pretrained(path)
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    AutoModel.from_config(config).save_pretrained(path)
     AutoTokenizer.from_pretrained(folder).save_pretrained(path)
-    (path / "model.safetensors").write_bytes(b"")
 
 
 def pickled_weights_alone(path, folder):
@@ -347,10 +375,10 @@ def code_of_its_own(path, folder):
 
 
 UNUSABLE = {
-    a_vision_model: "",
+    a_vision_model: "ViTModel is not a text encoder: its config has no ",
     pickled_weights_alone: "it has neither model.safetensors nor ",
-    no_tokenizer: "",
-    code_of_its_own: "",
+    no_tokenizer: "its tokenizer has no vocabulary.",
+    code_of_its_own: "The repository ",
     shutil.rmtree: "there is no such folder.",
 }
 
@@ -364,6 +392,30 @@ def test_what_cannot_be_used_is_refused_by_both_with_the_flags_name(unusable, fo
         with pytest.raises(EncoderError) as error:
             refuse()
         assert str(error.value).startswith(f"--depo.estimator.model {path}: cannot be loaded: {UNUSABLE[unusable]}")
+
+
+UNFIT = {
+    "six positions": (
+        BertConfig(**SMALL, max_position_embeddings=6),
+        "it reads only 6 tokens of a prompt, at least 8",
+    ),
+    "no language": (XmodConfig(**SMALL), "XmodModel does not embed text: Input language unknown"),
+    "two streams": (
+        ReformerConfig(vocab_size=100),
+        "ReformerModel gives 512 numbers per token, but its hidden_size is",
+    ),
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+def test_the_check_refuses_what_loads_but_does_not_embed(unfit, folder, tmp_path):
+    config, reason = UNFIT[unfit]
+    config.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(EncoderError) as error:
+        model.check_encoder(str(tmp_path), 0.67, 512)
+    assert str(error.value).startswith(f"--depo.estimator.model {tmp_path}: cannot be loaded: {reason}")
 
 
 def test_a_hub_name_that_is_not_cached_is_refused_at_once_offline():
