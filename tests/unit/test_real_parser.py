@@ -7,6 +7,7 @@ from example_launches import LAUNCHES
 from real_parser import launches
 
 from depo_plugin import config
+from depo_plugin.model import bundled_encoder
 
 pytestmark = pytest.mark.wheel
 
@@ -17,6 +18,7 @@ BASE = (
 DEPO = ["--advantage_estimator", "depo"]
 ONE_RESPONSE = ["--rollout.n_samples_per_prompt", "1"]
 NO_REWARD = ["--reward.remote_url", ""]
+ENCODER = str(bundled_encoder())  # the paper's is looked for on the hub
 IMAGES = ["--data.max_images_per_prompt", "2"]
 
 # name -> flags. All go through one process per copy, for importing vLLM takes seconds.
@@ -25,7 +27,10 @@ PATCHED = {
     "one word": [*BASE, "--advantage_estimator=depo"],
     "as a value": [*BASE, "--algo.advantage.estimator", "depo"],
     "rloo": [*BASE, *DEPO, "--depo.advantage.base", "rloo"],
-    "preset and flag": [*BASE, *DEPO, "--depo.config", "depo_paper", "--depo.filter.low", "0.3"],
+    "preset and flag": [
+        *[*BASE, *DEPO, "--depo.config", "depo_paper", "--depo.filter.low", "0.3"],
+        *["--depo.estimator.model", ENCODER],
+    ],
     "agent": [*BASE, *NO_REWARD, *DEPO, "--train.agent_func_path", "agent.py"],
     "unknown": [*BASE, *DEPO, "--depo.filter.hihg", "0.9", "--depo.lwo=1"],
     "unknown without depo": [*BASE, "--depo.filter.hihg", "0.9"],
@@ -111,7 +116,7 @@ def test_depo_is_group_norm_and_settings(name, depo, plain):
     args = dict(depo[name].args)
     settings = args.pop("depo")
     assert settings.pop("enabled") is True
-    assert settings == config.to_dict(config.DepoConfig())
+    assert settings == config.to_dict(config.with_base(config.DepoConfig(), None))
     # What OpenRLHF decides by the estimator's name is as for a plain launch: no critic, its checks, its branches.
     assert same_args(args) == same_args(plain["group_norm"].args)
 
@@ -123,8 +128,9 @@ def test_the_base_advantage_takes_its_place(depo, plain):
 
 def test_preset_and_flag_reach_the_arguments(depo):
     settings = depo["preset and flag"].args["depo"]
-    settings.pop("enabled", None)
-    assert settings == config.to_dict(config.load_config("depo_paper", {"filter.low": 0.3}))
+    assert settings.pop("enabled") is True
+    flags = {"filter.low": 0.3, "estimator.model": ENCODER}
+    assert settings == config.to_dict(config.with_base(config.load_config("depo_paper", flags), None))
 
 
 def test_an_agent_is_a_source_of_rewards(depo):

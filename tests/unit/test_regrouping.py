@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -98,6 +99,7 @@ def _step(mode, base):
     hooks._process.handle = SimpleNamespace(
         keep_weights=lambda prompts, labels: sent.append([prompts, labels]) or (CHANCES, SHARES),
         observe=lambda labels: sent.append([[vars(label) for label in labels]]),
+        tally=Counter(),
     )
     hooks.observe(args, experiences, 1)
     if mode == "dynamic":
