@@ -16,9 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import ray
 
-from depo_plugin import config, remote
-from depo_plugin.history import FIELDS
-from depo_plugin.labels import Label
+from depo_plugin.estimator.history import FIELDS
+from depo_plugin.messages import Label
+from depo_plugin.remote import actor as remote_actor
+from depo_plugin.remote import handle as remote_handle
+from depo_plugin.settings import config
 
 ROOT = Path(__file__).parents[1]
 GROUP, REPEATS = 8, 5
@@ -42,8 +44,8 @@ def measure(mode: str, root: Path) -> list[dict]:
     """Return a row of figures for each number of prompts."""
     args = SimpleNamespace(train=SimpleNamespace(seed=0))
     args.depo = config.to_namespace(config.load_config(None, {"estimator.mode": mode, "estimator.dtype": "fp32"}))
-    actor = remote.create(args, GROUP, str(root))
-    handle = remote.connect(600.0)
+    actor = remote_actor.create(args, GROUP, str(root))
+    handle = remote_handle.connect(600.0)
     handle.wait(
         handle.observe([Label(f"{i} + {i} =", str(2 * i), i % 9 / 8, 0.5, 8, i % 8 > 0) for i in range(32)]), 600
     )

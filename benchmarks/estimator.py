@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from depo_plugin.config import load_config
-from depo_plugin.encode import MICRO_BATCH_TOKENS
-from depo_plugin.estimator import DifficultyEstimator
-from depo_plugin.filter import Reason
-from depo_plugin.history import no_evidence, prompt_key
-from depo_plugin.labels import Label
-from depo_plugin.losses import losses
-from depo_plugin.model import DifficultyModel, load_encoder, token_limit
+from depo_plugin.estimator.embed import MICRO_BATCH_TOKENS
+from depo_plugin.estimator.encoder import load_encoder, token_limit
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.estimator.heads import DifficultyModel
+from depo_plugin.estimator.history import no_evidence
+from depo_plugin.estimator.losses import losses
+from depo_plugin.messages import Label, Reason, prompt_key
+from depo_plugin.settings.config import load_config
 
 GROUP = 8
 SCORED, UPDATED, FEW = 512, 128, 64

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from depo_plugin.config import FilterConfig
-from depo_plugin.history import Scores
 from depo_plugin.loader import DifficultyFilteredLoader
+from depo_plugin.messages import Scores
+from depo_plugin.settings.config import FilterConfig
 
 GOAL_US = 50.0
 GOAL_GROWTH = 1.05  # memory at the end of the pass against that after its first tenth

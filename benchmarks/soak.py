@@ -25,8 +25,9 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from depo_plugin import checkpoint, config
-from depo_plugin.loader import Stream
+from depo_plugin.estimator import checkpoint
+from depo_plugin.messages import Stream
+from depo_plugin.settings import config
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts" / "quickstart"))

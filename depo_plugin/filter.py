@@ -3,33 +3,24 @@
 Suffix B: one entry per candidate. A belief is Beta(a, b) over the pass rate p; p̂ = a / (a + b) is its mean.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from enum import Enum
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from depo_plugin.config import FilterConfig
+from depo_plugin.messages import Reason
 
-
-class Reason(str, Enum):
-    """Why a candidate was kept or not; each is a counter among the metrics."""
-
-    WARMUP = "warmup"  # kept: the estimator has learned too little to be asked
-    PASSED = "passed"  # kept: the rule says yes
-    EXPLORED = "explored"  # kept although the rule says no, by chance ε
-    FORCED = "forced"  # kept although the rule says no, because too few passed to fill a batch
-    REJECTED = "rejected"  # not kept: the rule says no
-    UNSCORED = "unscored"  # kept: the estimator gave no usable score
-
-    def __str__(self) -> str:
-        return self.value
+if TYPE_CHECKING:  # the settings read RULES
+    from depo_plugin.settings.config import FilterConfig
 
 
 @dataclass(frozen=True)
 class Decision:
     """What becomes of one candidate.
 
-    q: the probability with which a candidate of this belief is kept; in (0, 1] where keep is true.
+    q: the probability that a candidate of this belief is kept; in (0, 1] if `keep` is true.
     """
 
     keep: bool
@@ -47,7 +38,7 @@ def signal_probability(a_B: np.ndarray, b_B: np.ndarray, group_size: int) -> np.
     """Return V_B in [0, 1]: the chance that a group of `group_size` responses is not all wrong and not all right.
 
     V(a, b) = 1 − Π_{i<G} (a+i)/(a+b+i) − Π_{i<G} (b+i)/(a+b+i), the expectation of u(p) = 1 − p^G − (1−p)^G over
-    Beta(a, b). a, b >= 0 and a + b > 0, float64; NaN where they are not.
+    Beta(a, b). a, b >= 0 and a + b > 0, float64; NaN for any other.
     """
     a_B, b_B = np.broadcast_arrays(np.asarray(a_B, np.float64), np.asarray(b_B, np.float64))
     valid_B = _valid(a_B, b_B)
@@ -55,7 +46,7 @@ def signal_probability(a_B: np.ndarray, b_B: np.ndarray, group_size: int) -> np.
     small_B1 = np.where(valid_B, np.minimum(a_B, b_B), 1.0)[..., None]
     i_G = np.arange(group_size)
     total_BG = large_B1 + small_B1 + i_G
-    # The likelier of the two extremes can be near 1: what it leaves is summed as a logarithm, or it would cancel.
+    # The likelier of the two extremes can be near 1; 1 minus it is computed from logarithms, to lose no digits.
     not_all_likely_B = 0.0 - np.expm1(np.log1p(-small_B1 / total_BG).sum(-1))
     all_unlikely_B = ((small_B1 + i_G) / total_BG).prod(-1)
     return np.where(valid_B, np.clip(not_all_likely_B - all_unlikely_B, 0.0, 1.0), np.nan)
@@ -84,9 +75,9 @@ def decide(
 ) -> list[Decision]:
     """Return one Decision per candidate: kept by cfg.rule with q = 1, else kept by chance with q = cfg.epsilon.
 
-    uniform_B: each candidate's own draw from [0, 1), used only where the rule says no, so that no candidate's chance
+    uniform_B: each candidate's own draw from [0, 1), used only if the rule says no, so that no candidate's chance
     depends on the others' scores. A belief that is not a Beta distribution (NaN, negative) is a fault of the
-    estimator, not a no: UNSCORED, kept.
+    estimator, not a "no": such a candidate is UNSCORED and kept. Raises ValueError if the lengths differ.
     """
     a_B, b_B = np.asarray(a_B, np.float64), np.asarray(b_B, np.float64)
     if not a_B.shape == b_B.shape == uniform_B.shape:
@@ -103,14 +94,14 @@ def decide(
 
 
 def keep_all(count: int, reason: Reason) -> list[Decision]:
-    """Return `count` decisions to keep with q = 1: WARMUP, or UNSCORED where there are no scores to decide by."""
+    """Return `count` decisions to keep with q = 1. reason: WARMUP, or UNSCORED if there are no scores to decide by."""
     return [{Reason.WARMUP: _WARMUP, Reason.UNSCORED: _UNSCORED}[reason]] * count
 
 
 def fill_up(decisions: list[Decision], value_B: np.ndarray, missing: int) -> list[Decision]:
     """Return the decisions with the `missing` best rejected ones by V turned into FORCED, q = 1.
 
-    value_B: V of each candidate, not read where it was kept. Of equal ones the first are taken.
+    value_B: V of each candidate; those of kept ones are not read. Of equal values the first is taken.
     """
     filled = list(decisions)
     rejected = np.array([i for i, decision in enumerate(decisions) if not decision.keep], int)
@@ -121,11 +112,11 @@ def fill_up(decisions: list[Decision], value_B: np.ndarray, missing: int) -> lis
 
 
 def keep_share(kept: int, scanned: int, stopped: bool) -> float:
-    """Return the estimate of kept/scanned that makes importance weights unbiased; 1 where all were kept.
+    """Return the estimate of kept/scanned that makes importance weights unbiased; 1 if all were kept.
 
-    stopped: whether the scan ended because a candidate was kept. That one is certain, so it counts on neither side:
-    (kept − 1)/(scanned − 1), Haldane's unbiased estimate under inverse sampling; kept/scanned would be too large by
-    about 1/kept. For a batch of one there is no such estimate, and kept/scanned stands in.
+    stopped: whether the scan ended because a candidate was kept. That one was certain to be kept, so it is not
+    counted: (kept − 1)/(scanned − 1), Haldane's unbiased estimate under inverse sampling. kept/scanned would be too
+    large by about 1/kept; it is used for a batch of one, which has no unbiased estimate.
     """
     if stopped and kept > 1:
         return (kept - 1) / (scanned - 1)

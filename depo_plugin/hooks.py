@@ -1,6 +1,6 @@
 """What OpenRLHF calls: every line that the patches add is a call of a function here.
 
-One prompt, from pool to gradient (-> is a call, who waits for whom in brackets):
+One prompt, from pool to gradient (-> is a call; who waits for whom is in brackets):
 
     pool -> loader -> score -> keep? -> [rollout x G -> reward] -> observe -> [gradient] -> log
             |         (waits at most estimator.timeout_s for       |
@@ -9,71 +9,40 @@ One prompt, from pool to gradient (-> is a call, who waits for whom in brackets)
 
 Driver: add_arguments, resolve, start_estimator, check_attached. The process with the loader: wrap_loader, attach,
 dispatched, received, reject. The process that trains: attach, load, check_rewards, observe, log, save. In synchronous
-training the last two are one process. All of them reach the estimator, a Ray actor, through remote.EstimatorHandle.
+training the last two are one process. All of them reach the estimator, a Ray actor, through remote/handle.py.
 
-Importing this module loads the standard library alone. What it needs of depo_plugin is imported by the function that
-needs it: the settings by add_arguments and resolve, everything else only when DEPO is on.
+Importing this module loads the standard library alone. A function imports what it needs of depo_plugin itself: the
+settings in add_arguments and resolve, everything else only if DEPO is on.
 """
 
 import argparse
-import importlib.util
-import inspect
 import logging
-import math
 import os
 import re
 import sys
-from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
 ATTACH_TIMEOUT_S = 1800  # how long the constructors of OpenRLHF's trainer may take; they read the data sets
 
-# The sites that must report before the first rollout, with the file each runs from.
-SITES = {
-    "prepare_datasets": "trainer/ppo_trainer.py",
-    "BasePPOTrainer": "trainer/ppo_trainer.py",
-    "SamplesGenerator": "trainer/ppo_utils/samples_generator.py",
-}
 
-# What the call sites take from OpenRLHF: module -> function or class -> its parameters (a dataclass has its fields).
-SIGNATURES = {
-    "openrlhf.trainer.ppo_trainer": {
-        "prepare_datasets": ["strategy", "tokenizer"],
-        "BasePPOTrainer.train_step": ["rollout_samples", "global_step"],
-        "BasePPOTrainer.save_logs_and_checkpoints": ["global_step", "client_states"],
-        "BasePPOTrainer.save_best_checkpoint": ["global_step", "client_states"],
-        "BasePPOTrainer.init_checkpoint_states": [],
-    },
-    "openrlhf.trainer.ppo_utils.samples_generator": {
-        "SamplesGenerator._generate_vllm": ["dataloader_iter", "num_prompts", "dynamic_filtering"],
-        "SamplesGenerator._dispatch_prompts_to_vllm": ["prompts", "labels"],
-    },
-    "openrlhf.trainer.ppo_utils.experience": {
-        "Experience": "index prompts labels scores rewards advantages action_log_probs action_mask".split(),
-    },
-}
+@dataclass
+class Process:
+    """What one process holds between two calls."""
 
-# What one process holds between two calls. driver_actor: the actor's owner; handle: the way to the estimator;
-# loader: this process's DifficultyFilteredLoader; reports: of the hooks that ran here (see attach); in_flight: what
-# was sent to vLLM, Ray reference -> (prompt, label); pending_metrics: of the step; dropped: total of groups without a
-# label; warned: what was warned of once.
-_process = SimpleNamespace(
-    driver_actor=None,
-    handle=None,
-    loader=None,
-    reports=(),
-    in_flight=None,
-    pending_metrics=None,
-    dropped=0,
-    warned=frozenset(),
-)
+    driver_actor: Any = None  # the estimator's Ray actor, in the process that owns it
+    handle: Any = None  # this process's RemoteEstimator
+    loader: Any = None  # this process's DifficultyFilteredLoader
+    reports: list[dict[str, str]] = field(default_factory=list)  # of the hooks that ran here (see seam.report)
+    in_flight: dict[Any, tuple[str, Any]] = field(default_factory=dict)  # sent to vLLM: Ray reference -> prompt, label
+    pending_metrics: Any = None  # the judge() call of this step
+    warned: set[str] = field(default_factory=set)  # kinds of warnings that were given once
 
 
-class SeamError(RuntimeError):
-    """DEPO and this OpenRLHF do not fit together: a signature is another, or a process runs an unpatched copy."""
+_process = Process()
 
 
 # ── Driver: flags ──
@@ -96,7 +65,7 @@ def add_arguments(parser) -> None:
     DEPO asked for although depo_plugin cannot be imported. Without DEPO that is a warning.
     """
     try:
-        from depo_plugin import config
+        from depo_plugin.settings import config
     except ImportError as error:
         reason = f"openrlhf-depo is installed but cannot be imported ({error}). Reinstall it with what it depends on."
         if any(word.startswith(("--depo.", "--advantage_estimator")) or word == "depo" for word in sys.argv[1:]):
@@ -127,7 +96,8 @@ def resolve(args) -> None:
     flags = getattr(args, "depo", None)
     if flags is None:  # add_arguments could not import the settings
         return
-    from depo_plugin import config
+    from depo_plugin import seam
+    from depo_plugin.settings import config
 
     on, named = config.estimator_choice(getattr(flags, "chosen", []))
     if not on:
@@ -144,7 +114,7 @@ def resolve(args) -> None:
         cfg = config.load_config(flags.config, config.overrides_from_namespace(flags))
     except config.ConfigError as error:
         faults += error.faults
-    faults += config.conflicts(cfg, args, named)
+    faults += seam.conflicts(cfg, args, named)
     faults += [] if faults else _encoder_faults(cfg, args)
     if faults:
         print("DEPO: this launch cannot work as it is set:\n" + "\n".join(faults), file=sys.stderr)  # noqa: T201
@@ -159,14 +129,14 @@ def resolve(args) -> None:
 
 def _encoder_faults(cfg, args) -> list[str]:
     """Return why the encoder cannot be used, found before Ray and vLLM start; nothing if it can."""
-    from depo_plugin import model
+    from depo_plugin.estimator import encoder
 
     settings = cfg.estimator
     if args.use_ms and settings.model is not None and not os.path.isdir(settings.model):
         return []  # a name of ModelScope's hub, which OpenRLHF switches to only after its validation
     try:
-        model.check_encoder(settings.model, settings.depth, settings.max_length)
-    except model.EncoderError as error:
+        encoder.check_encoder(settings.model, settings.depth, settings.max_length)
+    except encoder.EncoderError as error:
         return [str(error)]
     return []
 
@@ -183,74 +153,38 @@ def _snapshot_root(args) -> str:
     return os.path.join(os.path.abspath(args.ckpt.path), "depo")
 
 
-def check_signatures() -> None:
-    """Raise SeamError, naming all that is missing, where OpenRLHF has not what the call sites take from it."""
-    from depo_plugin import patching
-
-    faults = []
-    for module, targets in SIGNATURES.items():
-        for name, needed in targets.items():
-            found = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part, None)
-            if found is None:
-                faults.append(f"{module} has no {name!r}")
-            else:
-                given = inspect.signature(found).parameters
-                faults += [f"{name} has no {parameter!r}" for parameter in needed if parameter not in given]
-    if faults:
-        supported = ", ".join(patching.releases())
-        raise SeamError(f"{'; '.join(faults)}. Supported: OpenRLHF {supported}. Run: depo patch --check")
-
-
 def start_estimator(strategy, placement_group) -> None:
     """Start the estimator's actor before the trainer's. placement_group: the one that all models share, or None."""
-    check_signatures()
-    from depo_plugin import remote
+    from depo_plugin import seam
+    from depo_plugin.remote import actor
 
+    seam.check_signatures()
     args = strategy.args
-    _process.driver_actor = remote.create(
+    _process.driver_actor = actor.create(
         args, args.rollout.n_samples_per_prompt, _snapshot_root(args), placement_group
     )
 
 
 def attach(args, site: str, path: str) -> None:
     """Note that the hook at `site` runs in this process, from the OpenRLHF file `path`; check_attached asks for it."""
-    import ray
+    from depo_plugin import seam
 
-    from depo_plugin.patching import sha256_of
-
-    report = {"site": site, "node": ray.util.get_node_ip_address(), "path": path, "sha256": sha256_of(path)}
-    _process.reports = (*_process.reports, report)
+    _process.reports.append(seam.report(site, path))
 
 
 def check_attached(args, trainer) -> None:
     """Stop the run before its first rollout if a process runs another OpenRLHF than the driver's patched one.
 
-    trainer: the PPOTrainer or PPOTrainerAsync actor. Its processes are asked themselves, so the proof does not depend
-    on the estimator, and each is waited for until its constructor is done. Raises SeamError naming site, node and
-    path, and RuntimeError if a process does not answer in ATTACH_TIMEOUT_S.
+    trainer: the PPOTrainer or PPOTrainerAsync actor. Its processes are asked directly, so that the proof does not
+    depend on the estimator, and each is waited for until its constructor is done. Raises seam.SeamError naming site,
+    node and path, and RuntimeError if a process does not answer within ATTACH_TIMEOUT_S.
     """
-    from depo_plugin.patching import sha256_of
+    from depo_plugin import seam
 
-    root = Path(importlib.util.find_spec("openrlhf").origin).parent
     answers = [_ask_attached(trainer)]
     answers += [_ask_attached(part) for part in answers[0]["parts"]]
-    reports = {report["site"]: report for answer in answers for report in answer["reports"]}
-    faults = []
-    for site, file in SITES.items():
-        expected = sha256_of(root / file)
-        report = reports.get(site)
-        if report is None:
-            faults.append(f"{site}: no report; {'; '.join(answer['where'] for answer in answers)}")
-        elif report["sha256"] != expected:
-            faults.append(f"{site}: node {report['node']} runs {report['path']}, which differs from {root / file}")
-    if faults:
-        raise SeamError(
-            "DEPO is on, but not every process runs the patched OpenRLHF; the run would silently be plain "
-            f"{args.algo.advantage.estimator}.\n  " + "\n  ".join(faults) + "\nPatch every node the same way (`depo "
-            "patch`, then `depo patch --check` there), or put the patched copy on PYTHONPATH before `ray start`."
-        )
+    reports = [report for answer in answers for report in answer["reports"]]
+    seam.check_reports(reports, [answer["where"] for answer in answers], args.algo.advantage.estimator)
 
 
 def _ask_attached(actor) -> dict:
@@ -289,9 +223,9 @@ def _ask_attached(actor) -> dict:
 def _handle(args):
     """Return this process's way to the estimator, made once."""
     if _process.handle is None:
-        from depo_plugin import remote
+        from depo_plugin.remote import handle
 
-        _process.handle = remote.connect(args.depo.estimator.timeout_s)
+        _process.handle = handle.connect(args.depo.estimator.timeout_s)
     return _process.handle
 
 
@@ -299,11 +233,10 @@ def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
     """Return the loader that draws only prompts worth a rollout, and the steps the schedule is made for.
 
     prompts_dataloader: OpenRLHF's StatefulDataLoader of one prompt a batch; max_steps: OpenRLHF's; path: the calling
-    file. With budget `steps` they are OpenRLHF's, and an episode makes at least one full batch, also from a smaller
-    pool; with budget `data` they are fewer, by expected_keep_rate.
+    file. The steps are OpenRLHF's, or more if the pool is smaller than a batch: each episode makes a full batch.
     """
-    from depo_plugin import config
     from depo_plugin.loader import DifficultyFilteredLoader
+    from depo_plugin.settings import config
 
     attach(args, "prepare_datasets", path)
     cfg = config.from_namespace(args.depo)
@@ -316,21 +249,21 @@ def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
         seed=args.train.seed,
         num_episodes=args.train.num_episodes,
     )
-    samples = _process.loader.expected(args.train.num_episodes) * args.rollout.n_samples_per_prompt
+    samples = args.train.num_episodes * len(_process.loader) * args.rollout.n_samples_per_prompt
     steps = max(1, samples // args.train.batch_size) * args.train.max_epochs
-    return _process.loader, steps if cfg.filter.budget == "data" else max(max_steps, steps)
+    return _process.loader, max(max_steps, steps)
 
 
 def dispatched(refs, prompts, labels) -> None:
     """Note what was sent to vLLM: refs[i] will be the responses to prompts[i] with labels[i]."""
-    _process.in_flight = (_process.in_flight or {}) | dict(zip(refs, zip(prompts, labels, strict=True), strict=True))
+    _process.in_flight |= dict(zip(refs, zip(prompts, labels, strict=True), strict=True))
 
 
 def received(ref, experiences) -> None:
     """Give the responses of `ref` the prompt and label that were sent.
 
-    They are the identity by which a group finds its decision and its history, but user code may hand back others: an
-    agent that rewrites the prompt, a reward function that changes a label in place.
+    A group finds its decision and its history by them, but user code may return others: an agent that rewrites the
+    prompt, a reward function that changes a label in place.
     """
     prompt, label = _process.in_flight.pop(ref)
     for experience in experiences:
@@ -338,11 +271,14 @@ def received(ref, experiences) -> None:
 
 
 def reject(args, experiences) -> None:
-    """Take a group that dynamic filtering throws away: its label is still learned, its place is given back."""
+    """Take a group that dynamic filtering throws away: its label is still learned from, its place is given back.
+
+    Raises RuntimeError as check_rewards and observe do.
+    """
     from depo_plugin import labels
 
-    check_rewards(args, experiences)
-    _check_finite(args, experiences)
+    labels.check_given(args, experiences)
+    labels.check_finite(args, experiences)
     found = labels.from_rejected(experiences, args.depo.labels.reward_range)
     _count(args, found)
     for label in found.labels:
@@ -360,7 +296,7 @@ def load(args, checkpoint_states: dict) -> None:
     """
     if not checkpoint_states.get("global_step"):
         return
-    from depo_plugin.checkpoint import step_of
+    from depo_plugin.estimator.checkpoint import step_of
 
     # What DeepSpeed read; its converter makes global_step16_universal of global_step16, and ours stays as it is.
     latest = "latest_universal" if args.ds.use_universal_ckpt else "latest"
@@ -390,72 +326,36 @@ def load(args, checkpoint_states: dict) -> None:
 
 
 def check_rewards(args, rollout_samples) -> None:
-    """Stop before any gradient where a response has no reward although a reward function or agent was to give one.
-
-    OpenRLHF logs the function's exception and leaves the reward None; a micro-batch with one None loses all its
-    rewards. Raises RuntimeError naming the reward function or agent.
-    """
-    if not (args.reward.remote_url or args.train.agent_func_path):
-        return
-    missing = [sample for sample in rollout_samples if sample.rewards is None]
-    if missing:
-        raise RuntimeError(
-            f"{len(missing)} of {len(rollout_samples)} responses have no reward: {_rewarder(args)} raised or returned "
-            f"none (see 'Failed to fetch reward' in the rollout actors' log). First such prompt: "
-            f"{missing[0].prompts[0][:200]!r}. No gradient was taken from this batch."
-        )
-
-
-def _rewarder(args) -> str:
-    """Return what gives the rewards, as its flag and value."""
-    if args.train.agent_func_path:  # OpenRLHF then sets reward.remote_url to "agent"
-        return f"--train.agent_func_path {args.train.agent_func_path}"
-    if args.reward.remote_url:  # OpenRLHF makes a list of it
-        urls = args.reward.remote_url
-        return f"--reward.remote_url {urls if isinstance(urls, str) else ','.join(urls)}"
-    return f"--reward.model_name_or_path {args.reward.model_name_or_path}"
-
-
-def _check_finite(args, experiences) -> None:
-    """Stop if a reward is NaN or infinite: all its group's advantages would be so, too."""
+    """Stop the run before any gradient if a response has no reward (RuntimeError, see labels.check_given)."""
     from depo_plugin import labels
 
-    bad = [
-        (prompt, reward)
-        for experience in experiences
-        for prompt, reward in zip(experience.prompts, labels.per_response(experience, "rewards"), strict=True)
-        if not math.isfinite(reward)
-    ]
-    if bad:
-        prompt, reward = bad[0]
-        total = sum(len(experience.prompts) for experience in experiences)
-        raise RuntimeError(
-            f"{len(bad)} of {total} responses have a reward that is NaN or infinite: {_rewarder(args)} gave {reward} "
-            f"to the prompt {prompt[:200]!r}. No gradient was taken from this batch."
-        )
+    labels.check_given(args, rollout_samples)
 
 
 def observe(args, experiences, step: int) -> None:
     """Send the step's groups to the estimator, to be learned behind the policy's training; weight their advantages.
 
-    experiences: after make_experience_batch, before balance_experiences; step: the step these rollouts train. Raises
-    RuntimeError if a reward is not finite.
+    experiences: after make_experience_batch, before balance_experiences; step: the step that these rollouts train.
+    Raises RuntimeError if a reward is not finite.
     """
     from depo_plugin import advantage, labels
 
-    _check_finite(args, experiences)
+    labels.check_finite(args, experiences)
     group_size = args.rollout.n_samples_per_prompt
-    found = labels.from_experiences(experiences, group_size, args.depo.labels.reward_range)
-    _count(args, found)
+    groups = labels.from_experiences(experiences, group_size, args.depo.labels.reward_range)
+    _count(args, groups)
+    handle = _handle(args)
     if args.depo.advantage.importance_rescale:
-        weights = _handle(args).keep_weights(*labels.group_prompts(experiences, group_size))
-        if weights is not None:  # without the estimator every weight is 1
-            advantage.rescale(experiences, advantage.weights(*weights, args.depo.advantage.clip), group_size)
-    _process.pending_metrics = _handle(args).observe(found.labels)
+        found = handle.keep_weights(groups.prompts, groups.answers)
+        if found is not None:  # without the estimator every weight is 1
+            advantage.rescale(experiences, advantage.weights(*found, args.depo.advantage.clip), group_size)
+    _process.pending_metrics = handle.judge(groups.labels)
+    if _process.pending_metrics is not None:
+        handle.learn()
 
 
 def _count(args, found) -> None:
-    """Count scores that were clipped and groups that were dropped (a labels.Groups), and warn of each once."""
+    """Count the scores that were clipped and the groups that were dropped, and warn of each once. found: a Groups."""
     tally = _handle(args).tally
     tally["clipped"] += found.clipped
     tally["labels_dropped"] += found.dropped
@@ -481,18 +381,17 @@ def _warn_once(kind: str, text: str, *args) -> None:
     """Log a warning if none of its kind was logged before in this process."""
     if kind not in _process.warned:
         logger.warning(text, *args)
-        _process.warned |= {kind}
+        _process.warned.add(kind)
 
 
 def log(args, status: dict, step: int) -> None:
     """Add the step's depo/* metrics to OpenRLHF's status and to <ckpt.output_dir>/depo/metrics.jsonl."""
-    from depo_plugin.metrics import MetricsFile
+    from depo_plugin.estimator.metrics import MetricsFile
 
     handle = _handle(args)
-    metrics = Counter(handle.wait(_process.pending_metrics, handle.timeout_s) or {})
-    metrics.update(handle.take_tally())
-    _process.dropped += metrics["labels_dropped"]
-    metrics["labels_dropped"] = _process.dropped
+    metrics = handle.wait(_process.pending_metrics) or {}
+    for name, value in handle.take_tally().items():  # the loader's process may be another one, with its own
+        metrics[name] = metrics.get(name, 0.0) + value
     status.update({f"depo/{name}": float(value) for name, value in metrics.items()})
     row = {"step": step} | {k: v for k, v in status.items() if isinstance(v, int | float)}
     file = MetricsFile(Path(args.ckpt.output_dir) / "depo" / "metrics.jsonl")

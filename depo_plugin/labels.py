@@ -1,45 +1,32 @@
-"""Rollouts to labels: what the estimator learns from one group of responses."""
+"""Rewards to labels: what the estimator learns from a group of responses, and which rewards stop the run.
+
+OpenRLHF's experiences are regrouped here, once. Suffix: A = response tokens.
+"""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from depo_plugin.messages import Label
 
 D_MIN = 1e-4  # d is clamped to [1e-4, 1 - 1e-4], so that its BCE target is never exactly 0 or 1
-ROUNDING = 2**-8  # of bf16, relative: a score that far outside the range is an end of it, rounded
-
-
-@dataclass(frozen=True)
-class Label:
-    """The outcome of one prompt's group.
-
-    prompt, label: as the loader gave them out, the label as text; the pair is the prompt's identity.
-    y: pass rate in [0, 1], the mean of the group's normalised scores.
-    d: exp(mean token log-prob) of the group's responses in [1e-4, 1 - 1e-4], or None if it is not known.
-    n: number of responses in the group.
-    signal: whether the group's rewards differ, so that its advantages are not all zero.
-
-    Limit: evidence is y·n successes of n and V takes rewards for 0 or 1, so that a prompt whose responses all get 0.5
-    (y 0.5, signal False) is still believed to be as useful as one with as many right as wrong.
-    """
-
-    prompt: str
-    label: str
-    y: float
-    d: float | None
-    n: int
-    signal: bool
+ROUNDING = 2**-8  # of bf16, relative: a score that is outside the range by so much is an end of it, rounded
 
 
 class Groups(NamedTuple):
-    """The labels of some groups, in rollout order, and what was found in their scores.
+    """The groups of some experiences, and what was found in their scores.
 
-    dropped: groups without a label, because a score is NaN or infinite; clipped: scores outside reward_range; scores:
-    how many there were; lowest, highest: the extreme finite ones (0.0 if there is none).
+    labels: in rollout order, without the dropped groups.
+    prompts, answers: of every group, in rollout order; answers as text.
+    dropped: groups without a label, because a score is NaN or infinite.
+    clipped: scores outside reward_range.
+    scores: finite scores in all.
+    lowest, highest: the extreme ones, 0.0 if there is none.
     """
 
     labels: list[Label]
+    prompts: list[str]
+    answers: list[str]
     dropped: int
     clipped: int
     scores: int
@@ -47,7 +34,7 @@ class Groups(NamedTuple):
     highest: float
 
 
-def per_response(experience, field: str) -> list[float]:
+def per_response(experience: Any, field: str) -> list[float]:
     """Return one number per response from a field of an Experience: "rewards" or "scores", a tensor.
 
     Reward functions and servers answer with numbers, lists or arrays; OpenRLHF makes tensors of shape (B,), (B, 1) or
@@ -65,9 +52,9 @@ def per_response(experience, field: str) -> list[float]:
 def group_label(prompt, label, scores, rewards, log_probs, reward_range) -> Label | None:
     """Return the label of one group, or None if a score is not finite.
 
-    scores, rewards: n floats each (scores are raw, rewards are what the advantage is computed from).
-    log_probs: n mean token log-probs (<= 0), or None.
-    reward_range: (LO, HI); y = mean of (score - LO) / (HI - LO), each score clipped to the range.
+    scores, rewards: n floats each (scores are raw, rewards are what the advantage is computed from); log_probs: n mean
+    token log-probs (<= 0), or None; reward_range: (LO, HI). y is the mean of (score - LO) / (HI - LO), each score
+    clipped to the range.
     """
     low, high = reward_range
     if not all(map(math.isfinite, scores)):
@@ -80,35 +67,21 @@ def group_label(prompt, label, scores, rewards, log_probs, reward_range) -> Labe
     return Label(prompt, str(label), y, d, len(scores), max(rewards) > min(rewards))
 
 
-def _groups(labels: list[Label | None], scores: Iterable[float], reward_range) -> Groups:
-    """Return the labels that there are, and what was found in the scores of all groups."""
-    low, high = reward_range
-    slack = ROUNDING * max(abs(low), abs(high))
-    finite = [s for s in scores if math.isfinite(s)]
-    clipped = sum(not low - slack <= s <= high + slack for s in finite)
-    kept = [label for label in labels if label is not None]
-    return Groups(
-        kept, len(labels) - len(kept), clipped, len(finite), min(finite, default=0.0), max(finite, default=0.0)
-    )
-
-
-def from_rejected(experiences, reward_range) -> Groups:
-    """Return the label of a group that dynamic filtering threw away: one single-sample Experience per response.
+def from_rejected(experiences: list, reward_range: tuple[float, float]) -> Groups:
+    """Return the group that dynamic filtering threw away: one Experience of a single sample per response.
 
     Its log-probs were never computed, so d is None.
     """
     scores = [score for experience in experiences for score in per_response(experience, "scores")]
-    first = experiences[0]
-    label = group_label(first.prompts[0], first.labels[0], scores, scores, None, reward_range)
-    return _groups([label], scores, reward_range)
+    return _groups([(experiences[0].prompts[0], experiences[0].labels[0], scores, scores, None)], reward_range)
 
 
-def from_experiences(experiences, group_size: int, reward_range) -> Groups:
-    """Regroup a step's micro-batches by prompt; return the groups' labels.
+def from_experiences(experiences: list, group_size: int, reward_range: tuple[float, float]) -> Groups:
+    """Regroup a step's micro-batches by prompt.
 
     experiences: OpenRLHF's list after make_experience_batch and before balance_experiences, each with `index` (the
     sample's place in the rollout, groups are contiguous), prompts, labels, rewards and scores (as in per_response;
-    scores may be None), action_log_probs (B, A) and action_mask (B, A).
+    scores may be None), action_log_probs (samples, A) and action_mask (samples, A).
     """
     samples_by_group = defaultdict(list)
     for experience in experiences:
@@ -116,30 +89,80 @@ def from_experiences(experiences, group_size: int, reward_range) -> Groups:
         log_probs = (experience.action_log_probs.float() * mask).sum(-1) / mask.sum(-1).clamp(min=1)
         rewards = per_response(experience, "rewards")
         scores = rewards if experience.scores is None else per_response(experience, "scores")
-        rows = zip(
-            experience.index,
-            experience.prompts,
-            experience.labels,
-            scores,
-            rewards,
-            log_probs.tolist(),
-            strict=True,
-        )
-        for index, *sample in rows:
+        fields = experience.prompts, experience.labels, scores, rewards, log_probs.tolist()
+        for index, *sample in zip(experience.index, *fields, strict=True):
             samples_by_group[index // group_size].append(sample)
-    labels, seen = [], []
-    for group in sorted(samples_by_group):
-        prompts, answers, scores, rewards, log_probs = zip(*samples_by_group[group], strict=True)
-        labels.append(group_label(prompts[0], answers[0], scores, rewards, log_probs, reward_range))
-        seen += scores
-    return _groups(labels, seen, reward_range)
+    groups = []
+    for _, samples in sorted(samples_by_group.items()):
+        prompts, answers, scores, rewards, log_probs = zip(*samples, strict=True)
+        groups.append((prompts[0], answers[0], scores, rewards, log_probs))
+    return _groups(groups, reward_range)
 
 
-def group_prompts(experiences, group_size: int) -> tuple[list[str], list[str]]:
-    """Return each group's prompt and label, both as text, in rollout order; experiences as in from_experiences."""
-    pairs = {}
-    for experience in experiences:
-        for index, prompt, label in zip(experience.index, experience.prompts, experience.labels, strict=True):
-            pairs[index // group_size] = prompt, str(label)
-    prompts, answers = zip(*(pairs[group] for group in sorted(pairs)), strict=True)
-    return list(prompts), list(answers)
+def _groups(groups: list[tuple], reward_range: tuple[float, float]) -> Groups:
+    """Return the labels of groups (prompt, label, scores, rewards, log_probs), and what was found in their scores."""
+    low, high = reward_range
+    slack = ROUNDING * max(abs(low), abs(high))
+    finite = [score for _, _, scores, *_ in groups for score in scores if math.isfinite(score)]
+    made = [group_label(*group, reward_range) for group in groups]
+    labels = [label for label in made if label is not None]
+    return Groups(
+        labels=labels,
+        prompts=[group[0] for group in groups],
+        answers=[str(group[1]) for group in groups],
+        dropped=len(made) - len(labels),
+        clipped=sum(not low - slack <= score <= high + slack for score in finite),
+        scores=len(finite),
+        lowest=min(finite, default=0.0),
+        highest=max(finite, default=0.0),
+    )
+
+
+# ── What stops the run ──
+
+
+def check_given(args: Any, samples: list) -> None:
+    """Stop before any gradient if a response has no reward although a reward function or agent was to give one.
+
+    OpenRLHF logs the function's exception and leaves the reward None; a micro-batch with one None loses all its
+    rewards. Raises RuntimeError naming the reward function or agent.
+    """
+    if not (args.reward.remote_url or args.train.agent_func_path):
+        return
+    missing = [sample for sample in samples if sample.rewards is None]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(samples)} responses have no reward: {_rewarder(args)} raised or returned "
+            f"none (see 'Failed to fetch reward' in the rollout actors' log). First such prompt: "
+            f"{missing[0].prompts[0][:200]!r}. No gradient was taken from this batch."
+        )
+
+
+def check_finite(args: Any, experiences: list) -> None:
+    """Stop before any gradient if a reward is NaN or infinite: all advantages of its group would be, too.
+
+    Raises RuntimeError naming what gave it.
+    """
+    bad = [
+        (prompt, reward)
+        for experience in experiences
+        for prompt, reward in zip(experience.prompts, per_response(experience, "rewards"), strict=True)
+        if not math.isfinite(reward)
+    ]
+    if bad:
+        prompt, reward = bad[0]
+        total = sum(len(experience.prompts) for experience in experiences)
+        raise RuntimeError(
+            f"{len(bad)} of {total} responses have a reward that is NaN or infinite: {_rewarder(args)} gave {reward} "
+            f"to the prompt {prompt[:200]!r}. No gradient was taken from this batch."
+        )
+
+
+def _rewarder(args: Any) -> str:
+    """Return what gives the rewards, as its flag and value."""
+    if args.train.agent_func_path:  # OpenRLHF then sets reward.remote_url to "agent"
+        return f"--train.agent_func_path {args.train.agent_func_path}"
+    if args.reward.remote_url:  # OpenRLHF makes a list of it
+        urls = args.reward.remote_url
+        return f"--reward.remote_url {urls if isinstance(urls, str) else ','.join(urls)}"
+    return f"--reward.model_name_or_path {args.reward.model_name_or_path}"

@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from depo_plugin import cli
+from depo_plugin.commands import cli
 
 
 def _copy(tmp_path_factory, name, *options):

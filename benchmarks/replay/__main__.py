@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.replay import judge, plots, report, texts, world
 from benchmarks.replay.jobs import Job, work
 from benchmarks.replay.methods import METHODS, NOT_DEFAULT, PAPER_OVERRIDES, depo_config, paper_config
-from depo_plugin.config import ConfigError
-from depo_plugin.yaml_io import flag_value
+from depo_plugin.settings.config import ConfigError
+from depo_plugin.settings.yaml_io import flag_value
 
 WORKERS = 2
 SEEDS, QUICK_SEEDS = 3, 1

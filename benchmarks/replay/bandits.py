@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.replay.world import Policy, Stream
 from depo_plugin.filter import signal_probability
-from depo_plugin.labels import Label
+from depo_plugin.messages import Label
 
 
 class Bandit:
@@ -37,12 +37,12 @@ class Bandit:
         self.seconds += time.perf_counter() - start
         return chosen_B
 
-    def observe(self, labels: list[Label]) -> None:
+    def learn(self, labels: list[Label]) -> None:
         """Learn from one step's groups."""
         start = time.perf_counter()
         index_B = np.array([self.pool.index[label.prompt] for label in labels])
         n_B = np.array([label.n for label in labels], np.float64)
-        self._learn(index_B, np.array([label.y for label in labels]) * n_B, n_B)
+        self._update(index_B, np.array([label.y for label in labels]) * n_B, n_B)
         self.seconds += time.perf_counter() - start
 
     def scanned(self) -> list[tuple]:
@@ -80,7 +80,7 @@ class Mopps(Bandit):
         chosen = np.argsort(distance_C, kind="stable")[:count]
         return index_C[chosen], a_C / (a_C + b_C), signal_probability(a_C, b_C, self.group_size)
 
-    def _learn(self, index_B, successes_B, samples_B):
+    def _update(self, index_B, successes_B, samples_B):
         kept = self.decay
         self.a_N[index_B] = kept * self.a_N[index_B] + (1 - kept) + successes_B
         self.b_N[index_B] = kept * self.b_N[index_B] + (1 - kept) + samples_B - successes_B
@@ -110,7 +110,7 @@ class Dps(Bandit):
         some_C = self.predicted_NS[index_C, 1]
         return index_C[np.argsort(-some_C, kind="stable")[:count]], None, some_C
 
-    def _learn(self, index_B, successes_B, samples_B):
+    def _update(self, index_B, successes_B, samples_B):
         state_B = np.where(successes_B <= 0, 0, np.where(successes_B >= samples_B, 2, 1))
         now_NS = self.predicted_NS.copy()
         now_NS[index_B] = np.eye(3)[state_B]

@@ -1,6 +1,6 @@
 """One method on one pool: the outer loop of RL without a language model, and what it is judged by.
 
-    draw a batch -> (judge what was scanned) -> rollout -> observe -> train        one step
+    draw a batch -> (judge what was scanned) -> rollout -> learn -> train        one step
 
 Predictions are judged against the true pass rates when the decision was made, on all scanned prompts after warm-up.
 Suffixes: B = prompts of one scan or of all scans of a run.
@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.replay import texts
 from benchmarks.replay.methods import METHODS, Setup
 from benchmarks.replay.world import Policy, Pool, build_pool, signal_chance
-from depo_plugin.metrics import auc, spearman
+from depo_plugin.estimator.metrics import auc, spearman
 
 KEYS = (
     "pool",
@@ -115,7 +115,7 @@ def _train(policy: Policy, method, drawn: np.ndarray) -> tuple[list[tuple], int,
         if not missing or len(rolled) >= DRAWS_MAX:
             break
         drawn = method.draw(missing)
-    method.observe(labels)
+    method.learn(labels)
     effective = sum(int(scan[5].sum()) for scan in rolled)
     trained = np.concatenate([scan[0][scan[3]] for scan in rolled])
     policy.train(effective, len(trained) - effective)

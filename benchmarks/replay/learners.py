@@ -1,4 +1,4 @@
-"""Beliefs in closed form that stand in for the estimator behind the project's own loader: score, record, observe.
+"""Beliefs in closed form that stand in for the estimator behind the project's own loader: score, record, judge, learn.
 
 Suffixes: N = prompts of the pool, B = prompts of one call, K = points of the grid.
 """
@@ -8,8 +8,7 @@ import numpy as np
 from benchmarks.replay.texts import ridge_predictions
 from benchmarks.replay.world import Policy, sigmoid, signal_chance
 from depo_plugin.filter import signal_probability
-from depo_plugin.history import Scores
-from depo_plugin.labels import Label
+from depo_plugin.messages import Label, Record, Scores
 
 GRID = np.linspace(-5.0, 5.0, 121)  # of the item noise, in its standard deviations
 
@@ -38,13 +37,15 @@ class Learner:
         """Return beliefs, or None for "keep them all"."""
         return None
 
-    def record(self, records: list[dict]) -> None:
+    def record(self, records: list[Record]) -> None:
         """Hear what the loader decided."""
 
-    def observe(self, labels: list[Label]) -> dict:
+    def judge(self, labels: list[Label]) -> None:
+        """Nothing: the replay's own judge compares predictions with the truth."""
+
+    def learn(self, labels: list[Label]) -> None:
         """Learn from one step's groups."""
         self.updates += 1
-        return {}
 
     def _indices(self, prompts: list[str]) -> np.ndarray:
         return np.array([self.pool.index[prompt] for prompt in prompts], int)
@@ -101,7 +102,7 @@ class Ideal(Learner):
         u_BK = signal_chance(p_BK, self.group_size)
         return (weight_BK * p_BK).sum(1), (weight_BK * u_BK).sum(1)
 
-    def observe(self, labels: list[Label]) -> dict:
+    def learn(self, labels: list[Label]) -> None:
         """Multiply by each group's likelihood; called at the ability that the groups were made at."""
         index_B = self._indices([label.prompt for label in labels])
         p_BK = np.clip(self._rates(index_B), 1e-12, 1 - 1e-12)
@@ -109,7 +110,7 @@ class Ideal(Learner):
         k_B1 = np.array([label.y for label in labels])[:, None] * n_B1
         # add.at: a prompt may be in a batch twice, where a pass ends in it.
         np.add.at(self._log_weight_NK, index_B, k_B1 * np.log(p_BK) + (n_B1 - k_B1) * np.log1p(-p_BK))
-        return super().observe(labels)
+        super().learn(labels)
 
 
 class Ridge(Ideal):
@@ -133,13 +134,13 @@ class Ridge(Ideal):
         self._text_N = text_N
         self._noise = float(np.hypot(self.pool.noise, np.std(text_N - self.pool.text_N)))
 
-    def observe(self, labels: list[Label]) -> dict:
+    def learn(self, labels: list[Label]) -> None:
         """Fit the regression anew."""
         self._met[self._indices([label.prompt for label in labels])] = True
         told = self._x_NE[self._met], self.pool.logit_N[self._met]
         found = ridge_predictions(*told, self._x_NE, self.PENALTIES)
         self._predict(min(found, key=lambda text_N: float(np.std(text_N - self.pool.text_N))))
-        return super().observe(labels)
+        super().learn(labels)
 
 
 class HistoryOnly(Learner):
@@ -179,7 +180,7 @@ class HistoryOnly(Learner):
         a_B, b_B = self._belief(self._indices(prompts), self.kappa)
         return self._scores(a_B / (a_B + b_B), signal_probability(a_B, b_B, self.group_size))
 
-    def observe(self, labels: list[Label]) -> dict:
+    def learn(self, labels: list[Label]) -> None:
         """Weigh the values of κ by these groups, then add the groups to the prompts and to the mean."""
         index_B = self._indices([label.prompt for label in labels])
         n_B = np.array([label.n for label in labels], int)
@@ -193,7 +194,7 @@ class HistoryOnly(Learner):
             self._samples_N[index] = fade * self._samples_N[index] + n
             self._seen_N[index] = self.updates
         self._sum, self._count = self._sum + float((k_B / n_B).sum()), self._count + len(labels)
-        return super().observe(labels)
+        super().learn(labels)
 
 
 def _log_rising(x_BK: np.ndarray, count_B: np.ndarray) -> np.ndarray:

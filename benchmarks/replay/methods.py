@@ -1,6 +1,6 @@
 """The methods side by side, each a factory of something that draws batches and hears what came of them.
 
-    draw(count) -> prompt indices    observe(labels)    scanned() -> what was judged since    seconds    resample
+    draw(count) -> prompt indices    learn(labels)    scanned() -> what was judged since    seconds    resample
 
 Most go through the project's own DifficultyFilteredLoader and differ in who scores. Suffix B = prompts of one call.
 """
@@ -16,10 +16,9 @@ import numpy as np
 
 from benchmarks.replay import bandits, learners, texts
 from benchmarks.replay.world import Policy
-from depo_plugin.config import DepoConfig, FilterConfig, load_config
-from depo_plugin.history import prompt_key
-from depo_plugin.labels import Label
 from depo_plugin.loader import DifficultyFilteredLoader
+from depo_plugin.messages import Label, Record, prompt_key
+from depo_plugin.settings.config import DepoConfig, FilterConfig, load_config
 
 ENDLESS = 10**9  # episodes
 NARROW = {"filter.low": 0.2, "filter.high": 0.8}  # less coverage, to compare at with methods that cover less
@@ -72,10 +71,11 @@ class LoaderMethod:
                 iter(self._loader)
         return np.array(drawn)
 
-    def observe(self, labels: list[Label]) -> None:
+    def learn(self, labels: list[Label]) -> None:
         """Pass one step's groups on to the learner."""
         start = time.perf_counter()
-        self._learner.observe(labels)
+        self._learner.judge(labels)
+        self._learner.learn(labels)
         self.seconds += time.perf_counter() - start
 
     def scanned(self) -> list[tuple]:
@@ -96,15 +96,15 @@ class LoaderMethod:
         self.seconds += time.perf_counter() - start
         return Done(scores)
 
-    def record(self, records: list[dict]) -> None:
+    def record(self, records: list[Record]) -> None:
         """Note one planned batch and pass it on."""
         self._learner.record(records)
-        index_B = np.array([self._key_index[one["key"]] for one in records])
+        index_B = np.array([self._key_index[one.key] for one in records])
         p_B = v_B = None
         if self._predicts:
-            p_B, v_B = (np.array([one[name] for one in records], np.float64) for name in "pv")
+            p_B, v_B = (np.array([getattr(one, name) for one in records], np.float64) for name in "pv")
         self._count += len(records)
-        self._scanned.append((index_B, p_B, v_B, np.array([one["keep"] for one in records])))
+        self._scanned.append((index_B, p_B, v_B, np.array([one.keep for one in records])))
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def paper_config() -> DepoConfig:
 
 
 def _estimated(setup: Setup, cfg: DepoConfig):
-    from depo_plugin.estimator import DifficultyEstimator
+    from depo_plugin.estimator.estimator import DifficultyEstimator
 
     cache = setup.cache and texts.estimator_cache(setup.cache)
     estimator = DifficultyEstimator(cfg, setup.policy.group_size, setup.seed, cache_dir=cache)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from depo_plugin.config import EstimatorConfig
+from depo_plugin.estimator.embed import pad, tokenize
+from depo_plugin.settings.config import EstimatorConfig
 
 # Families of short reasoning-gym questions. A family's levels are those of its curriculum, all attributes together.
 FAMILIES = (
@@ -140,9 +141,9 @@ def embed(texts: list[str], cache: Path) -> np.ndarray:
 
 def _encode(texts: list[str], cache: Path) -> np.ndarray:
     """Embed as embed() says, into the estimator's own cache as well: each text of a pool is read once in all."""
-    from depo_plugin.embeddings import EmbeddingCache
-    from depo_plugin.history import prompt_key
-    from depo_plugin.model import load_encoder, token_limit, weights_digest
+    from depo_plugin.estimator.embedding_cache import EmbeddingCache
+    from depo_plugin.estimator.encoder import load_encoder, token_limit, weights_digest
+    from depo_plugin.messages import prompt_key
 
     cfg = EstimatorConfig()
     used, tokenizer = load_encoder(None, cfg.depth)
@@ -160,21 +161,20 @@ def layer_means(texts: list[str], layers: Sequence[int] | None = None) -> np.nda
     """
     import torch
 
-    from depo_plugin import encode
-    from depo_plugin.model import load_encoder, masked_mean, token_limit
+    from depo_plugin.estimator.encoder import load_encoder, masked_mean, token_limit
 
     encoder, tokenizer = load_encoder(None)
     encoder.eval()
     layers = range(encoder.config.num_hidden_layers + 1) if layers is None else layers
     rows_LNE = np.empty((len(layers), len(texts), encoder.config.hidden_size), np.float32)
-    ids = encode.tokenize(tokenizer, texts, token_limit(encoder, tokenizer, EstimatorConfig().max_length))
+    ids = tokenize(tokenizer, texts, token_limit(encoder, tokenizer, EstimatorConfig().max_length))
     order = np.argsort([len(one) for one in ids], kind="stable")  # like lengths together: little padding
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
         with torch.inference_mode():
             for batch in (order[i : i + CHUNK] for i in range(0, len(order), CHUNK)):
-                tokens, mask = encode.pad([ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
+                tokens, mask = pad([ids[i] for i in batch], tokenizer.pad_token_id, torch.device("cpu"))
                 states = encoder(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states
                 for rows_NE, layer in zip(rows_LNE, layers, strict=True):
                     rows_NE[batch] = masked_mean(states[layer], mask).numpy()

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.replay import texts
-from depo_plugin.labels import D_MIN, Label
-from depo_plugin.metrics import spearman
+from depo_plugin.estimator.metrics import spearman
+from depo_plugin.labels import D_MIN
+from depo_plugin.messages import Label
 
 BATCH = 64
 GAIN = 0.02  # ability gained by a step whose groups all have signal

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 
-from depo_plugin import config
+from depo_plugin.settings import config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

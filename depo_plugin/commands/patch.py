@@ -14,7 +14,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from depo_plugin.patching import Copy, PatchError, apply, imported_root, inspect, installed_root, revert, write_copy
+from depo_plugin.commands.patching import (
+    Copy,
+    PatchError,
+    apply,
+    imported_root,
+    inspect,
+    installed_root,
+    revert,
+    write_copy,
+)
 
 LAUNCH = "python -m openrlhf.cli.train_ppo_ray"
 

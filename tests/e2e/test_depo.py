@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from stack import BATCH, EVAL, GROUP, POOL, QUICKSTART, STEPS, WARMUP, base_flags, cpu_ray, launch, problems
 
-from depo_plugin import checkpoint
+from depo_plugin.estimator import checkpoint
 
 
 def test_policy_weights_moved_and_stayed_finite(depo_run):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from stack import SEED, base_flags, client_states, launch, problems, summary
 
-from depo_plugin import checkpoint
+from depo_plugin.estimator import checkpoint
 
 BATCH, GROUP = 8, 4  # prompts of a step, responses to each
 PEAK, FLOOR = 1e-4, 0.1  # learning rate, and the share of it that a cosine ends at

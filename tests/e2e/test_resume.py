@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
@@ -16,14 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stack import BATCH, GROUP, ROOT, SEED, base_flags, client_states, cpu_ray, kill, launch, problems
+import tiny_encoder
+from stack import BATCH, GROUP, SEED, base_flags, client_states, cpu_ray, kill, launch, problems
 
 from benchmarks.soak import PromptStream, batches_of, places
-from depo_plugin import checkpoint, config
-
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
-
-import tiny_encoder
+from depo_plugin.estimator import checkpoint
+from depo_plugin.settings import config
 
 STEPS = 30
 FIRST_CHECKED = 20  # the last kill is over by then: 10 steps of 20 prompts are left

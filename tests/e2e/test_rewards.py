@@ -11,7 +11,7 @@ import pytest
 from reward_func import answer_of, last_integer, response_of
 from stack import BATCH, GROUP, base_flags, cpu_ray, launch_on, quickstart
 
-from depo_plugin import checkpoint
+from depo_plugin.estimator import checkpoint
 
 STEPS = 6
 SHORT = "--eval.steps -1 --train.num_episodes 1 --data.max_samples 192 --depo.filter.warmup_steps 2".split()

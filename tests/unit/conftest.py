@@ -10,6 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from depo_plugin.remote import actor as remote_actor
+from depo_plugin.remote import handle as remote_handle
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -50,9 +53,9 @@ def actor(cluster, args):
     """The estimator's actor of this module's tests."""
     from test_remote import GROUP
 
-    from depo_plugin import hooks, remote
+    from depo_plugin import hooks
 
-    return remote.create(args, GROUP, hooks._snapshot_root(args))
+    return remote_actor.create(args, GROUP, hooks._snapshot_root(args))
 
 
 @pytest.fixture
@@ -60,9 +63,7 @@ def handle(actor):
     """A new handle of this job's estimator, found by its name, as another process finds it."""
     from test_remote import DEADLINE_S
 
-    from depo_plugin import remote
-
-    return remote.connect(DEADLINE_S)
+    return remote_handle.connect(DEADLINE_S)
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from depo_plugin.advantage import rescale, weights
-from depo_plugin.config import FilterConfig
-from depo_plugin.history import Scores, prompt_key
 from depo_plugin.loader import DifficultyFilteredLoader
+from depo_plugin.messages import Scores, prompt_key
+from depo_plugin.settings.config import FilterConfig
 
 RUNS = 2000
 POOL = 300

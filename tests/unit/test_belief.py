@@ -8,11 +8,11 @@ import itertools
 import numpy as np
 import pytest
 
-from depo_plugin import checkpoint
-from depo_plugin.belief import Belief, beta_of, kappa_of, moments, posterior, sigmoid, spread_of
-from depo_plugin.config import HistoryConfig
+from depo_plugin.estimator import checkpoint
+from depo_plugin.estimator.belief import Belief, beta_of, kappa_of, moments, posterior, sigmoid, spread_of
+from depo_plugin.estimator.history import no_evidence
 from depo_plugin.filter import signal_probability
-from depo_plugin.history import no_evidence
+from depo_plugin.settings.config import HistoryConfig
 
 GROUP = 8.0
 GRID = np.linspace(-60.0, 60.0, 12001)

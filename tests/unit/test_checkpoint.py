@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from depo_plugin import checkpoint
-from depo_plugin.checkpoint import CheckpointError
+from depo_plugin.estimator import checkpoint
+from depo_plugin.estimator.checkpoint import CheckpointError
 
 STATE = {
     "model": {"encoder.layer.0.weight": torch.randn(3, 4, generator=torch.Generator().manual_seed(0))},
@@ -181,7 +181,7 @@ def test_a_rename_that_fails_puts_the_tag_back(tmp_path, monkeypatch):
 KILLED_IN_SAVE = """
 import os, signal, sys
 from pathlib import Path
-from depo_plugin import checkpoint
+from depo_plugin.estimator import checkpoint
 
 def save_until(flushes):
     fsync, done = os.fsync, 0

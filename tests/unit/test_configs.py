@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from depo_plugin import config
+from depo_plugin.settings import config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.y*ml"))

@@ -17,15 +17,16 @@ import torch
 from test_losses import slow_total
 from tiny_encoder import assert_same_state, assert_same_weights, weights
 
-from depo_plugin import checkpoint, encode, estimator, metrics
-from depo_plugin.belief import Belief, spread_of
-from depo_plugin.checkpoint import CheckpointError
-from depo_plugin.config import DepoConfig, EstimatorConfig, HistoryConfig
-from depo_plugin.estimator import DifficultyEstimator, EstimatorError
-from depo_plugin.filter import Reason, signal_probability
-from depo_plugin.history import prompt_key
-from depo_plugin.labels import Label
-from depo_plugin.model import DifficultyHeads, DifficultyModel, load_encoder
+from depo_plugin.estimator import checkpoint, embed, estimator, metrics
+from depo_plugin.estimator.belief import Belief, spread_of
+from depo_plugin.estimator.checkpoint import CheckpointError
+from depo_plugin.estimator.encoder import load_encoder
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.estimator.heads import DifficultyHeads, DifficultyModel
+from depo_plugin.estimator.text_model import EstimatorError
+from depo_plugin.filter import signal_probability
+from depo_plugin.messages import Label, Reason, prompt_key
+from depo_plugin.settings.config import DepoConfig, EstimatorConfig, HistoryConfig
 
 GROUP = 4
 MODES = ("frozen", "finetune")
@@ -303,8 +304,8 @@ def test_encoder_and_heads_have_their_own_learning_rates(make):
 
 def test_a_frozen_encoder_reads_each_text_once_and_is_not_trained(make, monkeypatch, tmp_path):
     read = []
-    tokenize = encode.tokenize
-    monkeypatch.setattr(encode, "tokenize", lambda t, prompts, n: read.extend(prompts) or tokenize(t, prompts, n))
+    tokenize = embed.tokenize
+    monkeypatch.setattr(embed, "tokenize", lambda t, prompts, n: read.extend(prompts) or tokenize(t, prompts, n))
     made = make(mode="frozen", replay=16, cache_dir=tmp_path)
     assert not any(name.startswith("encoder") for name in made.state_dict()["model"])
     for seed in (0, 1, 0):

@@ -44,12 +44,15 @@ from test_remote import (
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from depo_plugin import checkpoint, hooks, remote
-from depo_plugin.config import DepoConfig, EstimatorConfig, FilterConfig
-from depo_plugin.embeddings import EmbeddingCache
-from depo_plugin.estimator import DifficultyEstimator
+from depo_plugin import hooks
+from depo_plugin.estimator import checkpoint
+from depo_plugin.estimator.embedding_cache import EmbeddingCache
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.estimator.metrics import MetricsFile
 from depo_plugin.loader import DifficultyFilteredLoader
-from depo_plugin.metrics import MetricsFile
+from depo_plugin.remote import actor as remote_actor
+from depo_plugin.remote import handle as remote_handle
+from depo_plugin.settings.config import DepoConfig, EstimatorConfig, FilterConfig
 
 NOBODY = 65534
 PAGE = 4096  # what tmpfs gives and takes
@@ -454,9 +457,11 @@ def test_an_estimator_on_a_full_disk_goes_on_and_saves_again_when_there_is_room(
     disk = mount("400m")
     own = arguments(args.depo.estimator.model, disk.folder / "ckpt")
     assert Path(own.ckpt.output_dir).parent == disk.folder
-    monkeypatch.setattr(remote, "actor_name", lambda: "depo_estimator_on_a_small_disk")
-    small = remote.create(own, GROUP, hooks._snapshot_root(own))
-    fresh = SimpleNamespace(**vars(hooks._process) | {"driver_actor": small, "handle": remote.connect(DEADLINE_S)})
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: "depo_estimator_on_a_small_disk")
+    small = remote_actor.create(own, GROUP, hooks._snapshot_root(own))
+    fresh = SimpleNamespace(
+        **vars(hooks._process) | {"driver_actor": small, "handle": remote_handle.connect(DEADLINE_S)}
+    )
     monkeypatch.setattr(hooks, "_process", fresh)
     try:
         run = Run(own)
@@ -604,10 +609,11 @@ def test_the_estimator_ends_with_its_driver(cluster, args, tmp_path):
     (tmp_path / "args").write_bytes(pickle.dumps(args))
     script = f"""
 import os, pickle, time, ray
-from depo_plugin import remote
+from depo_plugin.remote import actor as remote_actor
+from depo_plugin.remote import handle as remote_handle
 ray.init({ray.get_runtime_context().gcs_address!r}, log_to_driver=False)
 args = pickle.load(open({str(tmp_path / "args")!r}, "rb"))
-actor = remote.create(args, {GROUP}, {str(tmp_path / "depo")!r})
+actor = remote_actor.create(args, {GROUP}, {str(tmp_path / "depo")!r})
 print("pid", ray.get(actor.__ray_call__.remote(lambda host: os.getpid())), flush=True)
 time.sleep(600)
 """

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depo_plugin.config import SETTINGS, FilterConfig
-from depo_plugin.filter import RULES, Decision, Reason, decide, fill_up, keep_all, keep_share, signal_probability
+from depo_plugin.filter import RULES, Decision, decide, fill_up, keep_all, keep_share, signal_probability
+from depo_plugin.messages import Reason
+from depo_plugin.settings.config import SETTINGS, FilterConfig
 
 WINDOW = FilterConfig(rule="window", low=0.25, high=0.75, epsilon=0.1)
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from depo_plugin import config
+from depo_plugin.settings import config
 
 FLAGS = """
 --depo.config

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from depo_plugin.history import VISITS, PromptHistory, no_evidence, prompt_key
+from depo_plugin.estimator.history import VISITS, PromptHistory, no_evidence
+from depo_plugin.messages import prompt_key
 
 REPO = Path(__file__).resolve().parents[2]
 ODD = "\ud800 half a surrogate"
@@ -32,7 +33,7 @@ def visits(h, key, now=0):
 
 
 def same_key_in(hash_seed):
-    code = f"from depo_plugin.history import prompt_key as k; print(k('1 + 1 =', '2'), k({ODD!a}, ''))"
+    code = f"from depo_plugin.messages import prompt_key as k; print(k('1 + 1 =', '2'), k({ODD!a}, ''))"
     env = os.environ | {"PYTHONHASHSEED": hash_seed}
     return subprocess.check_output([sys.executable, "-c", code], cwd=REPO, env=env, text=True).split()
 

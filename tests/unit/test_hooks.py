@@ -19,9 +19,10 @@ import torch
 from test_config import nested
 from test_labels import micro_batch
 
-from depo_plugin import config, hooks
-from depo_plugin.labels import Label
-from depo_plugin.patching import releases
+from depo_plugin import hooks
+from depo_plugin.commands.patching import releases
+from depo_plugin.messages import Label
+from depo_plugin.settings import config
 
 ROOT = Path(__file__).resolve().parents[2]
 PATCH = ROOT / "patches" / "openrlhf-0.11.2" / "0001-depo.patch"
@@ -134,8 +135,8 @@ def test_depo_is_a_switch_wherever_it_stands_and_the_launchs_own_flag_names_the_
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_broken_depo_plugin_is_said(asked, monkeypatch, capsys):
     """Where one of its own imports fails: an error if DEPO is asked for, else a warning, and the launch as it was."""
-    monkeypatch.setitem(sys.modules, "depo_plugin.config", None)
-    monkeypatch.delattr("depo_plugin.config")
+    monkeypatch.setitem(sys.modules, "depo_plugin.settings.config", None)
+    monkeypatch.delattr("depo_plugin.settings.config")
     words = [SWITCH, "depo"] if asked else [BASE, "rloo"]
     if asked:
         with pytest.raises(SystemExit):
@@ -145,7 +146,7 @@ def test_a_broken_depo_plugin_is_said(asked, monkeypatch, capsys):
         hooks.resolve(SimpleNamespace())
     told = capsys.readouterr().err
     assert "openrlhf-depo is installed but cannot be imported (" in told
-    assert "depo_plugin.config" in told
+    assert "depo_plugin.settings.config" in told
     assert ("[Warning]" in told) is not asked
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from depo_plugin.cli import COMMANDS
+from depo_plugin.commands.cli import COMMANDS
 
 REPO = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "openrlhf"}
@@ -39,7 +39,11 @@ def modules_after(*lines):
 
 
 def run_depo(*words):
-    return ["from depo_plugin.cli import main", "with contextlib.suppress(SystemExit):", f"    main({list(words)})"]
+    return [
+        "from depo_plugin.commands.cli import main",
+        "with contextlib.suppress(SystemExit):",
+        f"    main({list(words)})",
+    ]
 
 
 def tops(modules):
@@ -66,7 +70,7 @@ def test_the_help_of_a_command_imports_nothing_heavy(command):
 
 def test_depo_config_runs_without_anything_heavy():
     loaded = modules_after(*run_depo("config"))
-    assert "depo_plugin.config" in loaded
+    assert "depo_plugin.settings.config" in loaded
     assert not tops(loaded) & HEAVY
 
 
@@ -76,7 +80,7 @@ def test_depo_help_imports_no_command_and_is_quick():
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        command = [sys.executable, "-m", "depo_plugin.cli", "--help"]
+        command = [sys.executable, "-m", "depo_plugin.commands.cli", "--help"]
         done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
         times.append(time.perf_counter() - start)
         assert all(f"    {name} " in done.stdout for name in COMMANDS)

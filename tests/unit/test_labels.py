@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from depo_plugin.labels import D_MIN, Label, from_experiences, from_rejected, group_label, group_prompts
+from depo_plugin.labels import D_MIN, from_experiences, from_rejected, group_label, group_prompts
+from depo_plugin.messages import Label
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = (0.0, 1.0)

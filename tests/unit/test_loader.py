@@ -24,13 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from depo_plugin import config, hooks
-from depo_plugin.config import DepoConfig, EstimatorConfig, FilterConfig
-from depo_plugin.estimator import DifficultyEstimator
-from depo_plugin.filter import Reason, signal_probability
-from depo_plugin.history import Scores, prompt_key
-from depo_plugin.labels import Label
-from depo_plugin.loader import FORCED_IN_A_ROW, DifficultyFilteredLoader, Stream
+from depo_plugin import hooks
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.filter import signal_probability
+from depo_plugin.loader import FORCED_IN_A_ROW, DifficultyFilteredLoader
+from depo_plugin.messages import Label, Reason, Scores, Stream, prompt_key
+from depo_plugin.settings import config
+from depo_plugin.settings.config import DepoConfig, EstimatorConfig, FilterConfig
 
 GROUP_SIZE = 8
 ACCEPT_ALL = {"low": 0.0, "high": 1.0, "epsilon": 0.0, "warmup_steps": 0}

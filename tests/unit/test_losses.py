@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from depo_plugin.config import EstimatorConfig
-from depo_plugin.losses import distill_loss, losses, rank_loss, score_loss
+from depo_plugin.estimator.losses import distill_loss, losses, rank_loss, score_loss
+from depo_plugin.settings.config import EstimatorConfig
 
 
 def bce(logit, target):

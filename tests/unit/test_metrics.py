@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depo_plugin import metrics
+from depo_plugin.estimator import metrics
 
 
 def pairwise_auc(scores, positives):

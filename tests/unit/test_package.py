@@ -86,7 +86,7 @@ def test_depo_runs_in_a_fresh_environment(environment):
     assert shown.returncode == 0, shown.stderr
     assert "\nfilter:" in "\n" + shown.stdout
 
-    script = "from depo_plugin.resources import resource_dir as r; print(r('patches')); print(r('configs'))"
+    script = "from depo_plugin.settings.resources import resource_dir as r; print(r('patches')); print(r('configs'))"
     command = [str(environment / "bin/python"), "-I", "-c", script]
     folders = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert [Path(folder).name for folder in folders] == ["patches", "configs"]
@@ -109,7 +109,7 @@ def test_the_default_encoder_comes_with_the_package(environment):
     script = f"""
 import sys
 sys.path.append({str(lent)!r})
-from depo_plugin.model import bundled_encoder, check_encoder, load_encoder
+from depo_plugin.estimator.encoder import bundled_encoder, check_encoder, load_encoder
 check_encoder(None, 0.67, 512)
 load_encoder(None, 0.67)
 print(bundled_encoder())

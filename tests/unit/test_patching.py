@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from depo_plugin import patching
-from depo_plugin.cli import main
-from depo_plugin.patching import PatchError
-from depo_plugin.resources import resource_dir
+from depo_plugin.commands import patching
+from depo_plugin.commands.cli import main
+from depo_plugin.commands.patching import PatchError
+from depo_plugin.settings.resources import resource_dir
 
 REPO = Path(__file__).resolve().parents[2]
 LINES = "".join(f"line {i}\n" for i in range(1, 31))
@@ -648,7 +648,14 @@ class Setting:
 
     def depo(self, *options):
         """Runs `depo patch` with the environment's own Python, from a folder without openrlhf/."""
-        command = [str(self.folder / "env/bin/python"), "-m", "depo_plugin.cli", "patch", *self.options, *options]
+        command = [
+            str(self.folder / "env/bin/python"),
+            "-m",
+            "depo_plugin.commands.cli",
+            "patch",
+            *self.options,
+            *options,
+        ]
         env = os.environ | {"PYTHONPATH": str(REPO), "PYTHONDONTWRITEBYTECODE": "1"}
         return subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True, check=False)
 

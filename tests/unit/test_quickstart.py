@@ -4,13 +4,11 @@ import contextlib
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS / "quickstart"))
 
 import cpu_ray  # noqa: E402
 import summary  # noqa: E402

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "scripts" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
 
 import pretrain_tiny  # noqa: E402
 import reward_func  # noqa: E402

@@ -6,8 +6,8 @@ import pytest
 from example_launches import LAUNCHES
 from real_parser import launches
 
-from depo_plugin import config
-from depo_plugin.model import bundled_encoder
+from depo_plugin.estimator.encoder import bundled_encoder
+from depo_plugin.settings import config
 
 pytestmark = pytest.mark.wheel
 

@@ -64,7 +64,8 @@ def _step(mode, base):
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
     from test_config import nested
 
-    from depo_plugin import config, hooks
+    from depo_plugin import hooks
+    from depo_plugin.settings import config
 
     settings = {"advantage.base": base, "advantage.importance_rescale": base != "reinforce_baseline"}
     args = nested(

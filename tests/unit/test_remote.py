@@ -16,9 +16,13 @@ import pytest
 import ray
 from test_config import nested
 
-from depo_plugin import checkpoint, config, hooks, labels, remote
-from depo_plugin.history import Scores, prompt_key
-from depo_plugin.labels import Label
+from depo_plugin import hooks, labels
+from depo_plugin.estimator import checkpoint
+from depo_plugin.messages import Label, Scores, prompt_key
+from depo_plugin.remote import actor as remote_actor
+from depo_plugin.remote import breaker
+from depo_plugin.remote import handle as remote_handle
+from depo_plugin.settings import config
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +92,7 @@ def warnings_of(caplog):
 def answer_again(handle):
     """Ask until the estimator has answered three times in a row; return the first Scores."""
     deadline, answers = time.monotonic() + DEADLINE_S, []
-    while len(answers) < remote.SOUND:
+    while len(answers) < breaker.ANSWERS:
         scores = score(handle)
         answers = [] if scores is None else [*answers, scores]
         assert time.monotonic() < deadline, "the estimator did not come back"
@@ -110,7 +114,7 @@ def test_the_time_waited_is_given_once(handle):
     score(handle)
     waited = time.perf_counter() - start
     assert 0 < handle.take_tally()["time_blocked"] <= waited
-    assert handle.take_tally() == dict.fromkeys(remote.TALLY, 0.0)
+    assert handle.take_tally() == dict.fromkeys(remote_handle.TALLY, 0.0)
 
 
 def test_what_was_planned_rejected_and_rolled_out_is_learned_in_one_step(handle):
@@ -191,8 +195,8 @@ def test_a_resume_without_our_checkpoint_is_a_warning(process, args, caplog):
 
 
 def test_a_slow_estimator_gives_no_scores_one_warning_and_answers_again(actor, caplog):
-    before = score(remote.connect(DEADLINE_S)).updates
-    handle = remote.connect(0.05)
+    before = score(remote_handle.connect(DEADLINE_S)).updates
+    handle = remote_handle.connect(0.05)
     busy = actor.__ray_call__.remote(lambda host: time.sleep(2))
     start = time.perf_counter()
     assert [score(handle) for _ in range(3)] == [None] * 3
@@ -226,7 +230,7 @@ def test_a_method_that_fails_at_each_step_is_one_fault_however_much_the_others_a
 
     def step():
         learn(handle, label(0, 1.0))
-        for _ in range(2 * remote.SOUND):  # as many windows of candidates; the learning has ended before
+        for _ in range(2 * breaker.ANSWERS):  # as many windows of candidates; the learning has ended before
             assert score(handle) is not None
 
     on(actor, fail)
@@ -237,7 +241,7 @@ def test_a_method_that_fails_at_each_step_is_one_fault_however_much_the_others_a
         restore(actor, "learn")
     (warning,) = warnings_of(caplog)
     assert "did not answer (RayTaskError(MemoryError)" in warning
-    for _ in range(remote.SOUND):  # each hears of the learning before its own
+    for _ in range(breaker.ANSWERS):  # each hears of the learning before its own
         step()
     assert len(warnings_of(caplog)) == 1
     step()
@@ -249,7 +253,7 @@ def test_an_answer_that_is_lost_on_its_way_is_no_answer(actor, handle, caplog):
     answer = actor.__ray_call__.remote(lambda host: np.zeros(1_000_000))  # too large to travel with the message
     ray.wait([answer], timeout=DEADLINE_S)
     ray.internal.free([answer])
-    assert handle.wait(remote.Call("score", answer), DEADLINE_S) is None
+    assert handle.wait(remote_handle.Call("score", answer), DEADLINE_S) is None
     (warning,) = [line for line in warnings_of(caplog) if line.startswith("DEPO")]  # Ray says something, too
     assert "did not answer (ObjectFreedError" in warning
     assert score(handle) is not None
@@ -283,24 +287,24 @@ def test_a_dead_estimator_comes_back_with_its_newest_checkpoint(how, actor, hand
 
 
 def test_an_estimator_that_cannot_be_placed_names_the_flags(cluster, args, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PLACEMENT_TIMEOUT_S", 3)
-    monkeypatch.setattr(remote, "actor_name", lambda: "another_estimator")
+    monkeypatch.setattr(remote_actor, "PLACEMENT_TIMEOUT_S", 3)
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: "another_estimator")
     big = arguments(args.depo.estimator.model, tmp_path, **{"estimator.num_cpus": 64})
     with pytest.raises(RuntimeError) as error:
-        remote.create(big, GROUP, str(tmp_path))
+        remote_actor.create(big, GROUP, str(tmp_path))
     told = str(error.value)
     assert told.startswith("DEPO: the difficulty estimator was not placed within 3 s.")
     assert "--depo.estimator.num_gpus 0.0 and --depo.estimator.num_cpus 64" in told
     assert "the cluster has free: {" in told
     assert "'CPU': 1.0" in told  # of 2, for the estimator of the other tests has one
     with pytest.raises(ValueError, match="another_estimator"):  # nothing is left that waits for 64 CPUs
-        remote.connect(1)
+        remote_handle.connect(1)
 
 
 def test_a_process_without_an_estimator_is_told(cluster, monkeypatch):
-    monkeypatch.setattr(remote, "actor_name", lambda: "depo_estimator_of_another_job")
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: "depo_estimator_of_another_job")
     with pytest.raises(ValueError, match="depo_estimator_of_another_job"):
-        remote.connect(1)
+        remote_handle.connect(1)
 
 
 def test_a_save_that_fails_says_why_and_is_no_fault_of_the_estimator(actor, handle, process, args, caplog):

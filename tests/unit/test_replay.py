@@ -11,9 +11,9 @@ import tiny_encoder
 from benchmarks.replay import bandits, judge, learners, report, texts, world
 from benchmarks.replay.__main__ import main
 from benchmarks.replay.methods import METHODS, paper_config
-from depo_plugin.config import load_config, to_dict
 from depo_plugin.filter import signal_probability
-from depo_plugin.labels import Label
+from depo_plugin.messages import Label
+from depo_plugin.settings.config import load_config, to_dict
 
 
 def make_pool(size=400, batch=16, steps=60, spread=2.0, noise=1.5, seed=0, **changes):

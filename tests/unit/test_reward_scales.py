@@ -8,9 +8,9 @@ from test_labels import Sample
 from test_loader import inner_loader, number
 
 from depo_plugin import labels
-from depo_plugin.config import DepoConfig, EstimatorConfig, FilterConfig
-from depo_plugin.estimator import DifficultyEstimator
+from depo_plugin.estimator.estimator import DifficultyEstimator
 from depo_plugin.loader import DifficultyFilteredLoader
+from depo_plugin.settings.config import DepoConfig, EstimatorConfig, FilterConfig
 
 POOL, BATCH, GROUP, STEPS = 48, 16, 8, 60
 TRUE = np.linspace(0.05, 0.95, POOL)  # the policy's pass rate of prompt i

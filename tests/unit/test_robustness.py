@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_encoder import assert_same_state, weights
 
-from depo_plugin import checkpoint, estimator
-from depo_plugin.config import DepoConfig, EstimatorConfig, HistoryConfig
-from depo_plugin.estimator import DifficultyEstimator
+from depo_plugin.estimator import checkpoint, estimator
+from depo_plugin.estimator.encoder import load_encoder
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.estimator.heads import DifficultyHeads, DifficultyModel
 from depo_plugin.filter import signal_probability
-from depo_plugin.labels import Label
-from depo_plugin.model import DifficultyHeads, DifficultyModel, load_encoder
+from depo_plugin.messages import Label
+from depo_plugin.settings.config import DepoConfig, EstimatorConfig, HistoryConfig
 
 SETTINGS = settings(
     max_examples=15,

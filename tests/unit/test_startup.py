@@ -17,8 +17,12 @@ import tiny_encoder
 from startup_actors import BATCH, OPENRLHF, Process, Site
 from test_remote import DEADLINE_S, GROUP, arguments, label, learn, on, pid_of, score, warnings_of
 
-from depo_plugin import checkpoint, config, hooks, remote
-from depo_plugin.estimator import DifficultyEstimator
+from depo_plugin import hooks
+from depo_plugin.estimator import checkpoint
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.remote import actor as remote_actor
+from depo_plugin.remote import handle as remote_handle
+from depo_plugin.settings import config
 
 pytestmark = pytest.mark.slow
 
@@ -114,7 +118,7 @@ class Launch:
             yield lambda: self.call(self.parts[-1], "load", self.resume)
 
     def create(self):
-        self.estimator = remote.create(self.args, GROUP, hooks._snapshot_root(self.args))
+        self.estimator = remote_actor.create(self.args, GROUP, hooks._snapshot_root(self.args))
 
     def make_trainer(self):
         count = 2 if self.mode == "async" else 1
@@ -156,7 +160,7 @@ def test_kills_between_any_two_calls_of_the_start_cost_nothing_but_scores(mode, 
     own.train.num_episodes, own.train.batch_size, own.train.max_epochs = 100, BATCH * GROUP, 1
     own.rollout.vllm_generate_batch_size = BATCH
     own.depo.enabled = True
-    monkeypatch.setattr(remote, "actor_name", lambda: f"estimator-{mode}")
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: f"estimator-{mode}")
     earlier = DifficultyEstimator(config.from_namespace(own.depo), GROUP, own.train.seed)
     for _ in range(3):
         earlier.observe([label(0, 0.5)])
@@ -190,11 +194,11 @@ def test_kills_between_any_two_calls_of_the_start_cost_nothing_but_scores(mode, 
 
 def test_a_fresh_run_takes_up_no_checkpoint_of_an_earlier_one(cluster, args, tmp_path, monkeypatch):
     """Killed before it has saved anything: what lies in the folder is of another run."""
-    monkeypatch.setattr(remote, "actor_name", lambda: "estimator-fresh")
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: "estimator-fresh")
     own = arguments(args.depo.estimator.model, tmp_path / "ckpt")
     for run in (1, 2):
-        actor = remote.create(own, GROUP, hooks._snapshot_root(own))
-        handle = remote.connect(DEADLINE_S)
+        actor = remote_actor.create(own, GROUP, hooks._snapshot_root(own))
+        handle = remote_handle.connect(DEADLINE_S)
         if run == 1:
             learn(handle, label(0, 0.5))
             handle.save("global_step1", set())
@@ -212,10 +216,10 @@ def test_a_fresh_run_takes_up_no_checkpoint_of_an_earlier_one(cluster, args, tmp
 def test_an_estimator_that_cannot_be_built_at_the_start_stops_the_run_with_the_reason(
     cluster, args, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(remote, "actor_name", lambda: "estimator-broken")
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: "estimator-broken")
     own = arguments(str(tmp_path / "nowhere"), tmp_path / "ckpt")
     with pytest.raises(RuntimeError) as error:
-        remote.create(own, GROUP, str(tmp_path))
+        remote_actor.create(own, GROUP, str(tmp_path))
     told = str(error.value)
     assert told.startswith("DEPO: the difficulty estimator cannot be built on node ")
     assert f"EncoderError: --depo.estimator.model {tmp_path / 'nowhere'}: cannot be loaded" in told
@@ -225,11 +229,11 @@ def test_a_restarted_estimator_that_cannot_be_built_says_why_once_and_comes_back
     cluster, args, tmp_path, monkeypatch, caplog
 ):
     """A node without the encoder: the process stays, answers with the reason, and tries again later."""
-    monkeypatch.setattr(remote, "actor_name", lambda: "estimator-homeless")
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: "estimator-homeless")
     encoder = Path(tiny_encoder.write(tmp_path / "encoder"))
     own = arguments(str(encoder), tmp_path / "ckpt")
-    actor = remote.create(own, GROUP, hooks._snapshot_root(own))
-    handle = remote.connect(DEADLINE_S)
+    actor = remote_actor.create(own, GROUP, hooks._snapshot_root(own))
+    handle = remote_handle.connect(DEADLINE_S)
     learn(handle, label(0, 0.5))
     assert isinstance(handle.save("global_step1", set()), float)
     saved = score(handle)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import torch
 
-from depo_plugin import hooks, remote
+from depo_plugin import hooks
+from depo_plugin.remote import handle as remote_handle
 
 POOL, BATCH, GROUP = 24, 4, 4
 OPENRLHF = Path(importlib.util.find_spec("openrlhf").origin).parent
@@ -45,7 +46,7 @@ class Process:
         handler = logging.Handler(logging.WARNING)
         handler.emit = lambda record: self.said.append(record.getMessage())
         logging.getLogger("openrlhf").addHandler(handler)
-        remote.actor_name = lambda: name
+        remote_handle.actor_name = lambda: name
 
     def prepare(self):
         dataset = Prompts()

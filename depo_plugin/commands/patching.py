@@ -25,7 +25,7 @@ from itertools import combinations
 from pathlib import Path
 
 from depo_plugin import __version__
-from depo_plugin.resources import resource_dir
+from depo_plugin.settings.resources import resource_dir
 
 # In the order they are applied.
 PATCHES = {"depo": "0001-depo.patch", "cpu": "0002-cpu.patch"}

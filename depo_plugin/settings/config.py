@@ -14,7 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from depo_plugin.kinds import (
+from depo_plugin.advantage import BASES, DEFAULT_BASE
+from depo_plugin.filter import RULES
+from depo_plugin.settings.resources import resource_dir
+from depo_plugin.settings.value_kinds import (
     FRACTION,
     KAPPA,
     NOT_NEGATIVE,
@@ -28,13 +31,19 @@ from depo_plugin.kinds import (
     integer,
     or_none,
 )
-from depo_plugin.resources import resource_dir
-from depo_plugin.yaml_io import YamlError, dump, flag_value, read_file, show
+from depo_plugin.settings.yaml_io import YamlError, dump, flag_value, read_file, show
 
 SWITCH_FLAG, BASE_FLAG = "--advantage_estimator", "--algo.advantage.estimator"
-DEFAULT_BASE = "group_norm"  # the paper's
-BASES = (DEFAULT_BASE, "dr_grpo", "rloo", "reinforce_baseline", "reinforce", "flash_reinforce")
-WHITENING = ("reinforce_baseline", "reinforce")  # OpenRLHF whitens their advantages over the whole batch
+# Settings that are gone, with what a launch or file that still names one is told.
+GONE = {
+    "filter.budget": "is gone. An episode has as many steps as without DEPO; for fewer, lower --train.num_episodes.",
+    "filter.expected_keep_rate": "is gone with the budget that it belonged to. For fewer steps, lower "
+    "--train.num_episodes.",
+    "estimator.weight_decay": "is gone: it is always 0.01, AdamW's usual value. Remove it.",
+    "estimator.max_norm": "is gone: it is always 1.0, the paper's value. Remove it.",
+    "estimator.rank_delta": "is gone: it is always 0.05, the paper's value. Remove it.",
+    "estimator.rank_margin": "is gone: it is always 0.5, the paper's value. Remove it.",
+}
 
 
 class ConfigError(ValueError):
@@ -55,7 +64,7 @@ class FilterConfig:
     """Which prompts are rolled out."""
 
     rule: str = setting(
-        "window", "keep by predicted pass rate (window) or by expected signal (utility)", choice("window", "utility")
+        "window", "keep by predicted pass rate (window) or by expected signal (utility)", choice(*RULES)
     )
     low: float = setting(0.15, "window: lowest predicted pass rate that is kept", FRACTION)
     high: float = setting(0.85, "window: highest predicted pass rate that is kept", FRACTION)
@@ -63,10 +72,6 @@ class FilterConfig:
     epsilon: float = setting(0.02, "exploration: chance that a rejected prompt is kept anyway", FRACTION)
     warmup_steps: int = setting(5, "estimator updates during which every prompt is kept", integer(0))
     max_scan: int = setting(8, "prompts scanned for one batch at most, in batches", integer(1))
-    budget: str = setting(
-        "steps", "an episode is as many steps as without DEPO (steps) or one pass (data)", choice("steps", "data")
-    )
-    expected_keep_rate: float = setting(1.0, "budget data: share of prompts kept, sizes the LR schedule", SHARE)
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,8 @@ class EstimatorConfig:
     max_length: int = setting(512, "tokens of a prompt that are read, counted from its end", integer(8))
     lr: float = setting(5e-4, "learning rate of the heads", POSITIVE)
     encoder_lr_ratio: float = setting(0.2, "the encoder's learning rate, as a multiple of lr", NOT_NEGATIVE)
-    weight_decay: float = setting(0.01, "AdamW's weight decay", NOT_NEGATIVE)
-    max_norm: float = setting(1.0, "gradient norm above which gradients are scaled down", POSITIVE)
     w_distill: float = setting(0.5, "weight of the distillation loss", NOT_NEGATIVE)
     w_rank: float = setting(3.0, "weight of the ranking loss", NOT_NEGATIVE)
-    rank_delta: float = setting(0.05, "difference in pass rate above which a pair is ranked", FRACTION)
-    rank_margin: float = setting(0.5, "ranking: wanted distance of the score logits", NOT_NEGATIVE)
     micro_batch_tokens: int | None = setting(
         None, "padded tokens per forward pass (none: 1024 on a CPU, 8192 on a GPU)", or_none(integer(1))
     )
@@ -189,13 +190,6 @@ def load_config(yaml_path: str | None, overrides: Mapping[str, Any]) -> DepoConf
     return _build(given, faults)
 
 
-def from_dict(tree: Mapping[str, Any], source: str = "settings") -> DepoConfig:
-    """Settings from nested plain values, as to_dict gives them, checked; what is missing takes its default."""
-    faults: list[str] = []
-    given = {key: (value, source) for key, value in _leaves(tree, source, faults)}
-    return _build(given, faults)
-
-
 def _read(config: str) -> dict:
     """The file at that path, else the shipped preset of that name."""
     path = Path(config)
@@ -223,11 +217,17 @@ def _leaves(tree: Mapping, source: str, faults: list[str]) -> Iterator[tuple[str
                 if (key := f"{section}.{name}") in SETTINGS:
                     yield key, value
                 else:
-                    faults.append(f"{source}: {key}: unknown setting. {_suggest(key, '')}")
+                    faults.append(f"{source}: {key}: {_unknown(key, '')}")
+
+
+def _unknown(key: str, prefix: str) -> str:
+    """Return what to say of an unknown setting: that it is gone, or what its writer most likely meant."""
+    if key in GONE:
+        return GONE[key]
+    return f"unknown setting. {_suggest(key, prefix)}"
 
 
 def _suggest(key: str, prefix: str) -> str:
-    """What the writer of an unknown key most likely meant."""
     leaf = key.rsplit(".", 1)[-1]
     keys = {known.split(".")[1]: known for known in SETTINGS}
     if leaf not in keys:
@@ -280,20 +280,16 @@ def _clashes(cfg: DepoConfig, named: Callable[[str], str]) -> Iterator[tuple[tup
     if cfg.filter.rule == "window" and not cfg.filter.low < cfg.filter.high:
         fix = "Lower it, or use --depo.filter.rule utility."
         yield keys, f"{named('filter.low')}: must be below {named('filter.high')}. {fix}"
-    keys = ("filter.expected_keep_rate", "filter.budget")
-    if cfg.filter.budget == "steps" and cfg.filter.expected_keep_rate != 1:
-        fix = "Leave it at 1, or use --depo.filter.budget data."
-        yield keys, f"{named(keys[0])}: has no meaning with {named(keys[1])}. {fix}"
     keys = ("advantage.importance_rescale", "advantage.base")
-    if cfg.advantage.importance_rescale and cfg.advantage.base in WHITENING:
-        yield keys, _whitened(*map(named, keys))
+    if cfg.advantage.importance_rescale and cfg.advantage.base and BASES[cfg.advantage.base]:
+        yield keys, whitened(*map(named, keys))
     keys = ("advantage.clip", "advantage.importance_rescale")
     if cfg.advantage.clip is not None and not cfg.advantage.importance_rescale:
         fix = "Leave it at none, or add --depo.advantage.importance_rescale."
         yield keys, f"{named(keys[0])}: bounds a weight that is off with {named(keys[1])}. {fix}"
 
 
-def _whitened(rescale: str, base: str) -> str:
+def whitened(rescale: str, base: str) -> str:
     """Return the fault of importance weights on advantages that are whitened after them, by both flags and values."""
     fix = f"Turn it off, or use --depo.advantage.base {DEFAULT_BASE}."
     return f"{rescale}: cannot go with {base}, which whitens the advantages afterwards. {fix}"
@@ -321,61 +317,10 @@ def with_base(cfg: DepoConfig, named: str | None) -> DepoConfig:
     return replace(cfg, advantage=replace(cfg.advantage, base=cfg.advantage.base or named or DEFAULT_BASE))
 
 
-def conflicts(cfg: DepoConfig, args: Any, named: str | None = None) -> list[str]:
-    """Return what in OpenRLHF's own flags cannot go with DEPO, one line each.
-
-    args: OpenRLHF's arguments, nested (after `hierarchize`), before its own validation. named: the base that
-    --algo.advantage.estimator names, None if it names none.
-    """
-    faults = []
-    if not cfg.advantage.base and named:
-        if named not in BASES:
-            faults.append(
-                f"{BASE_FLAG} {named}: cannot go with {SWITCH_FLAG} depo, which has no critic. Leave it out (DEPO "
-                f"then uses {DEFAULT_BASE}), or name one of {', '.join(BASES)}."
-            )
-        elif cfg.advantage.importance_rescale and named in WHITENING:
-            faults.append(_whitened("--depo.advantage.importance_rescale true", f"{BASE_FLAG} {named}"))
-    group, batch = args.rollout.n_samples_per_prompt, args.rollout.batch_size
-    if group < 2:
-        faults.append(
-            f"--rollout.n_samples_per_prompt {group}: must be at least 2, because DEPO predicts whether the responses "
-            "to one prompt get different rewards. Set it to 8, for example."
-        )
-    if not (args.reward.remote_url or args.train.agent_func_path or args.reward.model_name_or_path):
-        faults.append(
-            "--reward.remote_url none: must be given, or there are no rewards to learn from. Set it to the file or "
-            "URL of a reward function, or set --train.agent_func_path or --reward.model_name_or_path."
-        )
-    if args.data.max_images_per_prompt > 0:
-        faults.append(
-            f"--data.max_images_per_prompt {args.data.max_images_per_prompt}: must be 0, for the difficulty estimator "
-            "reads text only. Train without images, or with another advantage estimator."
-        )
-    # In a shared placement group each model takes 0.2 of a GPU; the estimator has to fit into what is left of one.
-    tenants = [args.vllm.num_engines and not args.train.async_enable, args.algo.kl.init_coef > 0]
-    tenants.append(not (args.reward.remote_url or args.train.agent_func_path))
-    free = round(1 - 0.2 * (1 + sum(map(bool, tenants))), 1)
-    if args.train.colocate_all and cfg.estimator.num_gpus > free:
-        faults.append(
-            f"--depo.estimator.num_gpus {cfg.estimator.num_gpus}: must be at most {free} with --train.colocate_all, "
-            "where the other models take the rest of each GPU. Lower it; 0.1 is enough for a small encoder."
-        )
-    # With dynamic batches OpenRLHF rounds the optimizer steps of a batch down, here to none: it would roll out and
-    # never train. With fixed micro-batches it accumulates over several batches instead.
-    if args.train.dynamic_batch_enable and batch * group < args.train.batch_size:
-        faults.append(
-            f"--train.batch_size {args.train.batch_size}: must be at most {batch * group} with "
-            f"--train.dynamic_batch_enable, the responses of one batch (--rollout.batch_size {batch} * "
-            f"--rollout.n_samples_per_prompt {group}), or nothing is ever trained. Lower it, or raise those."
-        )
-    return faults
-
-
 def summary(cfg: DepoConfig, args: Any, named: str | None) -> list[str]:
     """Return what a launch prints at its start: one line on what DEPO does, one more if a reward model gives scores.
 
-    cfg: before with_base; args, named: as in conflicts.
+    cfg: before with_base; args, named: as in seam.conflicts.
     """
     base = with_base(cfg, named).advantage.base
     source = " (--depo.advantage.base)" if cfg.advantage.base else "" if named else " (the launch names none)"
@@ -430,7 +375,7 @@ def flag_names() -> list[str]:
 
 
 def _unknown_flag(flag: str) -> str:
-    return f"{flag}: unknown setting. {_suggest(flag.removeprefix('--depo').lstrip('._-'), '--depo.')}"
+    return f"{flag}: {_unknown(flag.removeprefix('--depo').lstrip('._-'), '--depo.')}"
 
 
 def check_depo_flags(argv: list[str]) -> list[str]:

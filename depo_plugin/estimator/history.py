@@ -3,8 +3,6 @@
 Suffixes: B = prompts asked for, each once, K = prompts known.
 """
 
-import hashlib
-import re
 from typing import NamedTuple
 
 import numpy as np
@@ -21,20 +19,7 @@ FIELDS = {  # name -> dtype and shape of one prompt's entry
     "site_score": (np.float32, ()),  # the text's score logit that the site was given to
     "site_at": (np.float32, ()),  # the clock of the text's evidence then
 }
-HEAD = 1000  # characters of a rendered prompt in which a chat template writes today's date
-_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
-_DATE = rf"\d{{4}}[-/.]\d\d?[-/.]\d\d?|\d\d?[-/.]\d\d?[-/.]\d{{4}}|\d\d? {_MONTH},? \d{{4}}|{_MONTH} \d\d?,? \d{{4}}"
-# "Today Date: ...", "Current date: ...", "Today's date is ...": in templates of Llama 3, gpt-oss, Granite and Mistral.
-DATED = re.compile(rf"(?:today(?:['\u2019]s)?|current) date(?: is)?:? *({_DATE})", re.IGNORECASE)
 SITE = ("site_mean", "site_precision", "site_score", "site_at")
-
-
-class Scores(NamedTuple):
-    """Beliefs about prompts: Beta(a, b) over each one's pass rate, float64 (B,), after `updates` updates."""
-
-    a: np.ndarray
-    b: np.ndarray
-    updates: int
 
 
 class Evidence(NamedTuple):
@@ -72,18 +57,6 @@ class Evidence(NamedTuple):
 def no_evidence(count: int) -> Evidence:
     """Return what is known of prompts that were never met."""
     return Evidence(*np.zeros((3, count, VISITS)), *np.zeros((4, count)))
-
-
-def prompt_key(prompt: str, label: str) -> int:
-    """Return the prompt's identity, a 64-bit number that is the same in every process and after every restart.
-
-    The date that a chat template writes ("Today Date: 26 Nov 2026") is no part of it: a run that is resumed on another
-    day finds its prompts again.
-    """
-    if dated := DATED.search(prompt[:HEAD]):
-        prompt = prompt[: dated.start(1)] + prompt[dated.end(1) :]
-    text = f"{prompt}\0{label}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 class PromptHistory:

@@ -19,8 +19,8 @@ import math
 
 import numpy as np
 
-from depo_plugin.config import HistoryConfig
-from depo_plugin.history import SITE, VISITS, Evidence, PromptHistory, no_evidence
+from depo_plugin.estimator.history import SITE, VISITS, Evidence, PromptHistory, no_evidence
+from depo_plugin.settings.config import HistoryConfig
 
 NODES = np.linspace(-6.0, 6.0, 41)  # of a posterior, in its own standard deviations
 SPREAD_START = 2.5  # τ², worth 20 groups whose own error is 2 (see _fit_spread)

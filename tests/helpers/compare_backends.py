@@ -9,10 +9,10 @@ import sys
 
 from replay_step import parsed_args
 
-from depo_plugin import config
-from depo_plugin.backends import deepspeed_strategy
-from depo_plugin.estimator import DifficultyEstimator
-from depo_plugin.labels import Label
+from depo_plugin.estimator.backends import deepspeed_strategy
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.messages import Label
+from depo_plugin.settings import config
 
 
 def main() -> None:

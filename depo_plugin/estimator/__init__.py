@@ -1,0 +1,1 @@
+"""The difficulty estimator, a plain object without Ray."""

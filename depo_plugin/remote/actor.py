@@ -1,0 +1,217 @@
+"""The estimator's Ray actor: one DifficultyEstimator in a process of its own, owned by the driver."""
+
+import contextlib
+import logging
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from depo_plugin.estimator import checkpoint
+from depo_plugin.messages import Label, Record, Scores
+from depo_plugin.remote import handle
+from depo_plugin.remote.handle import DROPPED, Loaded, ask_until, last_line
+from depo_plugin.settings import config
+
+logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
+
+PLACEMENT_TIMEOUT_S = 120
+BUILD_TIMEOUT_S = 600  # at the start; a first build may compile DeepSpeed's operators
+RETRY_S = 60.0  # after a build that failed, until the next try
+
+
+class BuildError(RuntimeError):
+    """The estimator cannot be built in its actor's process; the text says why."""
+
+
+class EstimatorActor:
+    """Hosts one DifficultyEstimator; calls of one caller run in the order they were made.
+
+    An actor that Ray restarts builds its estimator at once and takes up the checkpoint that its run last saved or
+    loaded. If that fails (a node without the encoder), it stays, answers with the reason and tries again later.
+    """
+
+    def __init__(self, args, group_size: int, snapshot_root: str, run: str):
+        """Wait for build().
+
+        args: OpenRLHF's arguments (args.depo holds our settings); group_size: responses per prompt; snapshot_root:
+        folder of our checkpoints; run: an id of this launch, by which it knows its own checkpoints.
+        """
+        self.args, self.group_size, self.root, self.run = args, group_size, Path(snapshot_root), run
+        self.rejected: list[Label] = []
+        self.judged: list[Label] = []
+        self.tally: Counter[str] = Counter()
+        self.update_s = 0.0
+        self._estimator, self._failure, self._retry_at = None, "", 0.0
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            with contextlib.suppress(BuildError):  # said by the first call
+                self.build()
+
+    def ping(self) -> None:
+        """Return when this process runs."""
+
+    @property
+    def estimator(self):
+        """The estimator; built first if a restart could not do it. Raises BuildError with the reason."""
+        if self._estimator is None:
+            if time.monotonic() < self._retry_at:
+                raise BuildError(self._failure)
+            self.build()
+        return self._estimator
+
+    def build(self) -> None:
+        """Build the estimator if there is none yet: new, or with what it had learned before a restart.
+
+        Raises BuildError with node and reason.
+        """
+        if self._estimator is not None:
+            return
+        try:
+            made = self._new()
+            if ray.get_runtime_context().was_current_actor_reconstructed:
+                self._take_up_latest(made)
+        except Exception as error:  # whatever it is, it goes to the caller
+            self._failure = f"on node {ray.util.get_node_ip_address()}: {type(error).__name__}: {error}"
+            self._retry_at = time.monotonic() + RETRY_S
+            raise BuildError(self._failure) from error
+        self._estimator = made
+
+    def _new(self):
+        """Return a new estimator on this actor's device: a DeepSpeed engine with a GPU share, else plain torch."""
+        import torch
+
+        from depo_plugin.estimator.backends import deepspeed_strategy
+        from depo_plugin.estimator.estimator import DifficultyEstimator  # seconds of imports: not while being placed
+
+        cfg = config.from_namespace(self.args.depo)
+        strategy = deepspeed_strategy(self.args) if cfg.estimator.num_gpus > 0 else None
+        if strategy is None:
+            torch.set_num_threads(cfg.estimator.num_cpus)
+        cache = self.root.with_name("depo_embeddings")  # beside our checkpoints: pruning those must not touch it
+        return DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
+
+    def _take_up_latest(self, made) -> None:
+        made.ledger.expect_unmatched()
+        lost = "starts from the beginning"
+        tag = checkpoint.pointed(self.root, self.run)
+        newest = checkpoint.latest_valid(self.root, tag) if tag else None
+        if newest is not None:
+            tag, state = newest
+            made.load_state_dict(state)
+            lost = f"has lost what it learned after checkpoint {tag}"
+        logger.warning("DEPO: the difficulty estimator was restarted and %s.", lost)
+
+    def score(self, prompts: list[str], labels: list[str]) -> Scores:
+        """Return the Scores of these prompts (see DifficultyEstimator.score)."""
+        return self.estimator.score(prompts, labels)
+
+    def record(self, records: list[Record], tally: dict[str, float]) -> None:
+        """Take the decisions on a planned batch; tally: what the loader's process adds to the step's metrics."""
+        self.tally.update(tally)
+        self.estimator.record(records)
+
+    def keep_weights(self, prompts: list[str], labels: list[str]) -> tuple[list[float], list[float]]:
+        """Return what the importance weights of these kept prompts are made of (see Ledger.keep_weights)."""
+        return self.estimator.keep_weights(prompts, labels)
+
+    def reject(self, label: Label) -> None:
+        """Take the label of a group that dynamic filtering threw away; it is judged with the next step's groups."""
+        self.rejected.append(label)
+
+    def judge(self, labels: list[Label], dropped: int) -> dict[str, float]:
+        """Judge one step's groups; return the step's metrics by name without the prefix depo/.
+
+        dropped: groups of this step without a label. They are learned from by learn(), a call of its own, so that no
+        one waits for it.
+        """
+        labels, self.rejected, self.judged = labels + self.rejected, [], []
+        metrics = self.estimator.judge(labels, dropped + int(self.tally.pop(DROPPED, 0)))
+        self.judged = labels
+        metrics |= {"time_update": self.update_s, **self.tally}
+        self.tally.clear()
+        return metrics
+
+    def learn(self) -> None:
+        """Learn from the groups that were judged last."""
+        start = time.perf_counter()
+        judged, self.judged = self.judged, []
+        self.estimator.learn(judged)
+        self.update_s = time.perf_counter() - start
+
+    def save(self, tag: str, live_tags: set[str]) -> float | str:
+        """Write the checkpoint `tag` and remove ours whose OpenRLHF checkpoint is gone; return the seconds it took.
+
+        Returns what went wrong if it cannot be written: a full disk says nothing about the estimator.
+        """
+        start, made = time.perf_counter(), self.estimator
+        try:
+            checkpoint.save(self.root / tag, made.state_dict())
+            checkpoint.point(self.root, self.run, tag)
+        except OSError as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001, a fault of the save, reported as that
+            return f"{type(error).__name__}: {error}"
+        checkpoint.prune(self.root, live_tags | {tag})
+        return time.perf_counter() - start
+
+    def load(self, tag: str) -> Loaded:
+        """Load the checkpoint `tag`, or the newest valid older one. Raises CheckpointError if it does not fit."""
+        with contextlib.suppress(OSError):  # a folder that cannot be written: only a restart could not find it
+            checkpoint.point(self.root, self.run, tag)  # first, so that a restart takes it up by itself
+        made = self.estimator
+        found = checkpoint.latest_valid(self.root, tag)
+        if found is None:
+            return Loaded(None)
+        used, state = found
+        made.load_state_dict(state)
+        return Loaded(used)
+
+
+def create(args, group_size: int, snapshot_root: str, placement_group=None):
+    """Start the estimator's actor, owned by the calling process, and wait until it is placed and built.
+
+    Its process may die meanwhile: Ray restarts it, and what it was asked is asked again. Raises RuntimeError naming
+    the settings and what the cluster has free if it cannot be placed in PLACEMENT_TIMEOUT_S, and the reason if it
+    cannot be built.
+    """
+    settings = args.depo.estimator
+    options = {
+        "name": handle.actor_name(),
+        "num_cpus": settings.num_cpus,
+        "num_gpus": settings.num_gpus,
+        "max_restarts": -1,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(settings.num_cpus)}},
+    }
+    if placement_group is not None and settings.num_gpus > 0:
+        options["num_cpus"] = settings.num_gpus  # the shared bundles hold one CPU for each GPU
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+            placement_group=placement_group, placement_group_bundle_index=0
+        )
+    actor = ray.remote(EstimatorActor).options(**options).remote(args, group_size, snapshot_root, uuid.uuid4().hex)
+    try:
+        ask_until(actor, "ping", timeout_s=PLACEMENT_TIMEOUT_S)
+    except RayError:
+        ray.kill(actor)
+        free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise RuntimeError(
+            f"DEPO: the difficulty estimator was not placed within {PLACEMENT_TIMEOUT_S} s. It asks for "
+            f"--depo.estimator.num_gpus {settings.num_gpus} and --depo.estimator.num_cpus {settings.num_cpus}; the "
+            f"cluster has free: {free}. Lower one of the two or add resources."
+        ) from None
+    try:
+        ask_until(actor, "build", timeout_s=BUILD_TIMEOUT_S)
+    except BuildError as error:
+        ray.kill(actor)
+        raise RuntimeError(f"DEPO: the difficulty estimator cannot be built {error.cause}") from None
+    except RayError as error:
+        logger.warning(
+            "DEPO: the difficulty estimator is not ready after %d s (%s). Training starts without it; prompts are "
+            "filtered as soon as it answers.",
+            BUILD_TIMEOUT_S,
+            last_line(error),
+        )
+    return actor

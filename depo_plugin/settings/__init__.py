@@ -1,0 +1,1 @@
+"""DEPO's settings: flags, YAML files and the tree of dataclasses."""
