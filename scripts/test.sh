@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Sets up what is missing and runs everything: lint, unit and patch tests, then the real stack end to end.
+# Sets up what is missing and runs everything: lint, types, unit and patch tests, then the real stack end to end.
 #   bash scripts/test.sh [--torch-index URL] [pytest arguments, e.g. tests/unit -k filter]
+# The variable TORCH_INDEX does the same as --torch-index.
 set -euo pipefail
 
-torch_index=
+torch_index=${TORCH_INDEX:-}
 if [ "${1:-}" = --torch-index ]; then
     torch_index=${2:?--torch-index needs a URL}
     shift 2
@@ -15,6 +16,7 @@ patch_openrlhf
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
+"$venv/bin/mypy"
 say "Tests (unit tests take three minutes, the launches of the real stack about twenty)"
 # Ray's workers cannot be started from a path with a space: cpu_ray has a way around it.
 python=$(cd scripts/quickstart && "$venv/bin/python" -c 'import cpu_ray; print(cpu_ray.PYTHON)')
