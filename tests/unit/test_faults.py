@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import re
 import resource
 import signal
 import subprocess
@@ -626,18 +625,3 @@ time.sleep(600)
     while Path(f"/proc/{pid}").exists():
         assert time.monotonic() < deadline, "the actor outlives its driver"
         time.sleep(0.2)
-
-
-# ── The table ──
-
-
-def test_every_test_that_the_table_of_faults_names_is_there():
-    root = Path(__file__).resolve().parents[2]
-    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "faults.md").read_text()))
-    assert len(named) > 40
-    defined = {
-        name
-        for path in (root / "tests").rglob("test_*.py")
-        for name in re.findall(r"^def (\w+)", path.read_text(), re.M)
-    }
-    assert named <= defined, named - defined
