@@ -1,13 +1,13 @@
 """Put the DEPO call sites into a copy of OpenRLHF, check them, or take them out.
 
-  depo patch                   the installed OpenRLHF
-  depo patch --source DIR      a git checkout or editable install: the folder that holds openrlhf/
-  depo patch --target DIR      a patched copy DIR/openrlhf, to be put first on PYTHONPATH
-  depo patch --check           which copies are patched, and which one is imported from here
-  depo patch --revert          the original files again, byte for byte
+  depo patch                   patch the installed OpenRLHF
+  depo patch --source DIR      patch a git checkout or editable install: DIR is the folder that holds openrlhf/
+  depo patch --target DIR      write a patched copy DIR/openrlhf; put DIR first on PYTHONPATH to use it
+  depo patch --check           show which copies are patched, and which one Python imports from here
+  depo patch --revert          put the original files back, byte for byte
 
-Patches that are in already stay in. All files are changed, or none. Exit status: 0 done (--check: the copy that is
-imported has the DEPO patch), 1 refused (--check: it has not), 2 wrong usage.
+Patches that are already in stay in. Either all files change or none. Exit status: 0 if done (--check: if the imported
+copy has the DEPO patch), 1 if refused (--check: if it does not have the patch), 2 if the options are wrong.
 """
 
 import argparse
@@ -29,22 +29,22 @@ LAUNCH = "python -m openrlhf.cli.train_ppo_ray"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `depo patch`."""
+    """Add the options of `depo patch`."""
     parser.add_argument("--source", type=Path, metavar="DIR", help="folder that holds openrlhf/ (default: installed)")
     parser.add_argument("--target", type=Path, metavar="DIR", help="write a patched copy DIR/openrlhf instead")
     parser.add_argument("--cpu", action="store_true", help="also apply the patch that runs OpenRLHF without a GPU")
     parser.add_argument("--no-seam", action="store_true", help="with --cpu: leave the DEPO call sites out")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="change nothing, say what is applied where")
-    what.add_argument("--revert", action="store_true", help="take out every patch (with --target: of that copy)")
+    what.add_argument("--check", action="store_true", help="change nothing, show which copies are patched")
+    what.add_argument("--revert", action="store_true", help="take out every patch (with --target: from that copy)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs `depo patch`; returns the exit status."""
+    """Run `depo patch` and return the exit status."""
     if args.no_seam and not args.cpu:
         return _usage("--no-seam leaves nothing to apply. Add --cpu.")
     if args.cpu and (args.check or args.revert):
-        return _usage("--cpu and --no-seam say what to apply: leave them out with --check and --revert.")
+        return _usage("--check and --revert apply nothing: leave out --cpu and --no-seam.")
     try:
         if args.check:
             return _check([place.resolve() for place in (args.source, args.target) if place])
@@ -65,7 +65,7 @@ def _apply(args: argparse.Namespace) -> int:
     else:
         root = base
         if args.no_seam and "depo" in (inspect(root).applied or ()):
-            raise PatchError(f"{root} has the DEPO patch, which --no-seam wants out. Run: depo patch --revert")
+            raise PatchError(f"{root} has the DEPO patch, which --no-seam leaves out. Run first: depo patch --revert")
         changed = apply(root, wanted)
     print(_describe(root) + (f" ({len(changed)} files written)" if changed else " (already there, nothing to do)"))
     if args.target:
@@ -80,7 +80,7 @@ def _revert(args: argparse.Namespace) -> int:
     root = root.resolve() if root else installed_root()
     changed = revert(root)
     print(
-        f"{root / 'openrlhf'}: " + (f"{len(changed)} files restored" if changed else "no patch in it, nothing to do")
+        f"{root / 'openrlhf'}: " + (f"{len(changed)} files restored" if changed else "no patch is in, nothing to do")
     )
     return 0
 
@@ -102,7 +102,7 @@ def _check(named: list[Path]) -> int:
 
 
 def _describe(root: Path) -> str:
-    """Path, release and patches of a copy, or what is wrong with it."""
+    """Return the path, release and patches of a copy, or what is wrong with it."""
     try:
         copy = inspect(root)
     except PatchError as err:
@@ -124,13 +124,13 @@ def _has_seam(root: Path) -> bool:
 
 
 def _warn_unless_imported(root: Path) -> None:
-    """Says so when a launch from here would not run the patched copy in `root`."""
+    """Print a warning if a launch from here would not import the patched copy in `root`."""
     imported, _ = imported_root()
     if imported != root:
         print(
             f"warning: {LAUNCH} from here imports {imported / 'openrlhf' if imported else 'no openrlhf'}, not the "
             f'patched {root / "openrlhf"}. Put that first: export PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}", '
-            "and do not start from a folder that has its own openrlhf/.",
+            "and do not launch from a folder that has its own openrlhf/.",
             file=sys.stderr,
         )
 
