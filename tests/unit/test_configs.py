@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from depo_plugin.estimator import backends, losses
 from depo_plugin.settings import config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -28,7 +29,8 @@ def test_each_file_sets_every_key_and_plain_yaml_reads_the_same(path):
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     keys = [f"{section}.{name}" for section, part in tree.items() for name in part]
     assert keys == list(config.SETTINGS)
-    assert config.from_dict(tree) == config.load_config(str(path), {})
+    given = {f"{section}.{name}": value for section, part in tree.items() for name, value in part.items()}
+    assert config.load_config(None, given) == config.load_config(str(path), {})
 
 
 def test_recommended_is_the_defaults_with_their_help():
@@ -42,8 +44,8 @@ def test_paper_preset_has_the_papers_numbers():
     """arXiv 2602.06375: estimator losses, optimizer, encoder, warm-up and window; no exploration, no history."""
     cfg = config.load_config("depo_paper", {})
     est = cfg.estimator
-    assert (est.w_distill, est.w_rank, est.rank_delta, est.rank_margin) == (0.5, 3.0, 0.05, 0.5)
-    assert (est.lr, est.encoder_lr_ratio, est.max_norm, est.max_length) == (2e-4, 0.2, 1.0, 512)
+    assert (est.w_distill, est.w_rank, losses.RANK_DELTA, losses.RANK_MARGIN) == (0.5, 3.0, 0.05, 0.5)
+    assert (est.lr, est.encoder_lr_ratio, backends.MAX_NORM, est.max_length) == (2e-4, 0.2, 1.0, 512)
     assert (est.model, est.depth) == ("distilbert-base-uncased", 1.0)
     assert (cfg.filter.rule, cfg.filter.low, cfg.filter.high) == ("window", 0.15, 0.85)
     assert (cfg.filter.warmup_steps, cfg.filter.epsilon) == (100, 0.0)
