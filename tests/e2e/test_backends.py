@@ -2,16 +2,15 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
-from stack import base_flags, cpu_ray
+from stack import HELPERS, base_flags, cpu_ray
 
 
 def test_deepspeed_and_torch_learn_the_same(tmp_path):
     # In one precision: `auto` measures which is faster, and on a busy machine the two sides may not agree.
     flags = base_flags(tmp_path / "data", "--depo.estimator.dtype", "fp32")
-    script = Path(__file__).with_name("compare_backends.py")
+    script = HELPERS / "compare_backends.py"
     command = [cpu_ray.PYTHON, str(script), *flags]
     done = subprocess.run(command, env=cpu_ray.stack_env(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,15 +2,13 @@
 
 import json
 import math
-import re
 import shlex
 from collections import Counter
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
-from stack import SEED, base_flags, client_states, launch, problems, summary
+from stack import HELPERS, SEED, base_flags, client_states, launch, problems, summary
 
 from depo_plugin.estimator import checkpoint
 
@@ -143,7 +141,7 @@ def test_the_first_prompts_after_the_kill_are_those_that_followed_the_checkpoint
 
 # ── Asynchronous, partial rollouts, an agent of two turns, two blended datasets ──
 
-AGENT = Path(__file__).with_name("two_turn_agent.py")
+AGENT = HELPERS / "two_turn_agent.py"
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +209,10 @@ def test_kept_rejected_and_pass_rate_are_told_by_data_source(agent_run):
     assert fmean(rates["can"]) > fmean(rates["cannot"])
 
 
-# ── Synchronous, dynamic filtering after ours, one pass an episode, single-sample evaluation ──
+# ── Synchronous, dynamic filtering after ours, a pool of no whole number of batches, single-sample evaluation ──
 
-POOL_C, EPISODES, RATE = 60, 3, 0.6
+POOL_C, EPISODES = 60, 2
+STEPS_C = EPISODES * (POOL_C // BATCH)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +224,7 @@ def filtered_run(tmp_path_factory):
             out,
             POOL_C,
             "--algo.dynamic_filtering_enable --depo.advantage.base rloo --depo.filter.epsilon 0.1",
-            f"--depo.filter.budget data --depo.filter.expected_keep_rate {RATE} --train.num_episodes {EPISODES}",
+            f"--train.num_episodes {EPISODES}",
             "--eval.steps 4 --eval.n_samples_per_prompt 1 --ckpt.save_steps 1 --ckpt.max_num 99",
         ),
     )
@@ -250,36 +249,20 @@ def test_dynamic_filtering_after_ours_trains_full_batches_of_groups_with_signal(
     assert all(row["dynamic_filtering_pass_rate"] <= 100 * GROUP for row in filtered_run.steps)
 
 
-def test_one_pass_is_one_episode_and_each_prompt_is_met_once_in_it(filtered_run):
+def test_groups_thrown_away_are_replaced_so_that_steps_and_schedule_stay(filtered_run):
+    assert [row["step"] for row in filtered_run.steps] == list(range(1, STEPS_C + 1))
+    for row in filtered_run.metrics:
+        assert row["actor_lr"] == pytest.approx(cosine(row["step"], STEPS_C), rel=1e-6)
+
+
+def test_each_prompt_is_asked_at_most_as_often_as_the_stream_passes_it(filtered_run):
     pool = problems(filtered_run.out / "data" / "train.jsonl")[:POOL_C]
-    states = [client_states(filtered_run.out, f"global_step{row['step']}") for row in filtered_run.steps]
-    cursors = {state["episode"]: state["data_loader_state_dict"]["cursor"] for state in states}  # the last of each
-    for episode, cursor in cursors.items():
-        assert episode * POOL_C < cursor < (episode + 2) * POOL_C  # beyond its pass only to fill its last batch
+    last = client_states(filtered_run.out, f"global_step{STEPS_C}")
     held_out = set(problems(filtered_run.out / "data" / "eval.jsonl"))
     asked = Counter(prompt for prompt in filtered_run.asked if prompt not in held_out)
-    met = Counter(stream(pool, cursors[EPISODES - 1]))
+    met = Counter(stream(pool, last["data_loader_state_dict"]["cursor"]))
     assert set(asked) <= set(met)
     assert all(count % GROUP == 0 and count // GROUP <= met[prompt] for prompt, count in asked.items())
-
-
-def test_the_schedule_of_budget_data_is_sized_by_the_expected_keep_rate(filtered_run):
-    steps = int(EPISODES * POOL_C * RATE) // BATCH  # 13
-    for row in filtered_run.steps:
-        assert row["actor_lr"] == pytest.approx(cosine(row["step"], steps), rel=1e-6)
-
-
-def test_openrlhfs_bars_show_the_prompts_given_out(filtered_run):
-    """From the start of an episode or of the run; a bar beyond its total is shown as a number only."""
-    states = [client_states(filtered_run.out, f"global_step{row['step']}") for row in filtered_run.steps]
-    begin = 0
-    for episode in range(EPISODES):
-        bar = rf"Episode \[{episode + 1}/{EPISODES}\]:[^\r\n]*?(\d+)(?:/\d+|it) \["
-        shown = [int(number) for number in re.findall(bar, filtered_run.output)]
-        end = max(state["total_consumed_prompts"] for state in states if state["episode"] == episode)
-        assert shown[0] in (0, begin)
-        assert shown[-1] - shown[0] == end - begin
-        begin = end
 
 
 def test_single_sample_evaluation_asks_each_held_out_prompt_once(filtered_run):

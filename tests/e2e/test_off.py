@@ -6,15 +6,16 @@ import subprocess
 from pathlib import Path
 
 from safetensors.torch import load_file
-from stack import base_flags, cpu_ray, launch
+from stack import HELPERS, base_flags, cpu_ray, launch
 
-LIGHT = {"depo_plugin", *(f"depo_plugin.{name}" for name in ("hooks", "config", "kinds", "resources", "yaml_io"))}
+SETTINGS = ("settings", *(f"settings.{name}" for name in ("config", "value_kinds", "resources", "yaml_io")))
+LIGHT = {"depo_plugin", *(f"depo_plugin.{name}" for name in ("hooks", "advantage", "filter", "messages", *SETTINGS))}
 
 
 def replayed(flags, rollouts, out: Path, copy: Path):
     """Train one step on the recorded rollouts with the OpenRLHF in `copy`; return status and weights."""
     out.mkdir()
-    script = Path(__file__).with_name("replay_step.py")
+    script = HELPERS / "replay_step.py"
     with cpu_ray.ray_head(cpu_ray.stack_env(copy)) as env:
         command = [cpu_ray.PYTHON, script, rollouts, out, "--", *flags, "--ckpt.output_dir", out / "model"]
         done = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=False)

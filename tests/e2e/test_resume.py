@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_encoder
-from stack import BATCH, GROUP, SEED, base_flags, client_states, cpu_ray, kill, launch, problems
+from stack import BATCH, GROUP, HELPERS, SEED, base_flags, client_states, cpu_ray, kill, launch, problems
 
 from benchmarks.soak import PromptStream, batches_of, places
 from depo_plugin.estimator import checkpoint
@@ -63,7 +63,7 @@ def live(folder: Path, encoder: str, end: str | None = None, delay: float = 0.0)
     pause = end if end and ":" in end else ""
     with tempfile.TemporaryDirectory(prefix="depo-ray-", ignore_cleanup_errors=True) as ray_folder:
         env = cpu_ray.stack_env(RAY_TMPDIR=ray_folder, RAY_USAGE_STATS_ENABLED="0", **{cpu_ray.MARK: mark})
-        script = Path(__file__).with_name("resume_life.py")
+        script = HELPERS / "resume_life.py"
         process = subprocess.Popen(
             [cpu_ray.PYTHON, script, folder, encoder, str(STEPS), pause],
             env=env,

@@ -4,22 +4,19 @@ import json
 import threading
 from datetime import date, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from statistics import fmean
 
 import pytest
 from reward_func import answer_of, last_integer, response_of
-from stack import BATCH, GROUP, base_flags, cpu_ray, launch_on, quickstart
+from stack import BATCH, GROUP, WITH_QUICKSTART, base_flags, cpu_ray, launch_on
 
 from depo_plugin.estimator import checkpoint
 
 STEPS = 6
 SHORT = "--eval.steps -1 --train.num_episodes 1 --data.max_samples 192 --depo.filter.warmup_steps 2".split()
 DAY_0 = date(2000, 1, 1)
-REWARD = f"""
-import sys
+REWARD = """
 from datetime import date
-sys.path.insert(0, {str(Path(quickstart.__file__).parent)!r})
 import reward_func as good
 
 def reward_func(queries, prompts, labels):
@@ -35,7 +32,7 @@ def reward_func(queries, prompts, labels):
 def head(tmp_path_factory):
     """The environment of a Ray of our own, and of the rewards' log."""
     log = tmp_path_factory.mktemp("head") / "rollouts.jsonl"
-    with cpu_ray.ray_head(cpu_ray.stack_env(DEPO_REWARD_LOG=str(log))) as env:
+    with cpu_ray.ray_head(cpu_ray.stack_env(WITH_QUICKSTART, DEPO_REWARD_LOG=str(log))) as env:
         yield env
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-from stack import BATCH, GROUP, STEPS, Launch, base_flags, cpu_ray, launch_on, quickstart
+from stack import BATCH, GROUP, STEPS, WITH_QUICKSTART, Launch, base_flags, cpu_ray, launch_on
 
 KILL_AT, SAVED = 4, 3  # the estimator is killed when step 4 is done; its checkpoint is of step 3
 BROKEN = BATCH * GROUP + 100  # the response whose reward fails: one of the second batch
 REWARD = f"""
-import itertools, sys
-sys.path.insert(0, {str(Path(quickstart.__file__).parent)!r})
+import itertools
 import reward_func as good
 calls = itertools.count(1)
 
@@ -29,7 +28,7 @@ def reward_func(queries, prompts, labels):
 def head(tmp_path_factory):
     """The environment of a Ray of our own, and of the rewards' log."""
     log = tmp_path_factory.mktemp("head") / "rollouts.jsonl"
-    with cpu_ray.ray_head(cpu_ray.stack_env(DEPO_REWARD_LOG=str(log))) as env:
+    with cpu_ray.ray_head(cpu_ray.stack_env(WITH_QUICKSTART, DEPO_REWARD_LOG=str(log))) as env:
         yield env
 
 

@@ -8,14 +8,16 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import cpu_ray
+import run as quickstart
+import summary
 import torch
 
-ROOT = Path(__file__).parents[2]
+HELPERS = Path(__file__).resolve().parent
+ROOT = HELPERS.parents[1]
 QUICKSTART = ROOT / "scripts" / "quickstart"
-
-import cpu_ray  # noqa: E402
-import run as quickstart  # noqa: E402
-import summary  # noqa: E402
+# The patched OpenRLHF, and the quickstart's modules for reward functions and agents that import them.
+WITH_QUICKSTART = os.pathsep.join([str(cpu_ray.PATCHED), str(QUICKSTART)])
 
 BATCH, GROUP, STEPS, WARMUP, SEED, POOL, EVAL = 32, 8, 20, 4, 7, 320, 64
 LIMIT_S = 900  # on a busy machine; a launch ends within two minutes on an idle one
@@ -61,7 +63,7 @@ def launch(out: Path, flags: list[str], head_env=None, num_gpus: int = 2, kill_w
 
     kill_when: asked at each line of output; once it says yes, every process of the run ends by SIGKILL.
     """
-    env = cpu_ray.stack_env(DEPO_REWARD_LOG=str(out / "rollouts.jsonl"), **(head_env or {}))
+    env = cpu_ray.stack_env(WITH_QUICKSTART, DEPO_REWARD_LOG=str(out / "rollouts.jsonl"), **(head_env or {}))
     steps = quickstart.StepLog(out, STEPS, GROUP)
     lines = []
     with cpu_ray.ray_head(env, num_gpus) as env:

@@ -3,15 +3,9 @@
 Right at the first try is worth 1.0, at the second 0.5. Graded and logged as the quickstart's reward function does.
 """
 
-import sys
-from pathlib import Path
-
+import reward_func
 import torch
 from openrlhf.utils.agent import AgentInstanceBase, MultiTurnAgentExecutor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "quickstart"))
-
-import reward_func
 
 WORTH = {1: 1.0, 2: 0.5}  # of a right answer, by turn
 
