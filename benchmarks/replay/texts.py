@@ -1,4 +1,4 @@
-"""The prompts' texts, their embeddings, and what a linear model reads from them.
+"""The prompts' texts, their embeddings, and the predictions of a linear model from them.
 
 Suffixes: N = prompts of a pool, E = the encoder's width, L = layers, 2 = all layers and those in use, B = those told.
 """
@@ -38,9 +38,9 @@ FAMILIES = (
     "basic_arithmetic",
     "caesar_cipher",
 )
-LEVELS = 5  # at most; some curricula have fewer
-HELD_BACK = ("rotation",)  # attributes that stay at their first level: the family refuses its own later ones
-DRAWN_PER_WANTED = 8  # questions drawn for one that is wanted: short ones repeat
+LEVELS = 5  # most levels of a family; some curricula have fewer
+HELD_BACK = ("rotation",)  # attributes that stay at their first level, because the family refuses its later levels
+DRAWN_PER_WANTED = 8  # questions drawn per wanted question, because short ones repeat
 FOLDS = 5
 RIDGE = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0)  # penalties tried, on standardised columns
 CHUNK = 24  # texts per forward pass
@@ -56,7 +56,7 @@ def default_cache() -> Path:
 
 
 def _levels(family: str) -> list:
-    """Return the configurations of a family's levels, all attributes together; equal ones once."""
+    """Return the different configurations of a family's levels. All attributes rise together."""
     from reasoning_gym.factory import CURRICULA
 
     found = []
@@ -74,7 +74,7 @@ def _questions(family: str, config: dict, seed: int, count: int) -> list[str]:
     """Return up to `count` different questions of one family at one level of its curriculum."""
     from reasoning_gym.factory import create_dataset
 
-    # An entry's seed is the data set's plus its place: far apart, or two levels would share questions.
+    # An entry's seed is the data set's seed plus its position. If seeds were close, two levels would share questions.
     size = count * DRAWN_PER_WANTED
     dataset = create_dataset(family, **config | {"seed": seed * 10**6, "size": size})
     found: dict[str, None] = {}
@@ -86,9 +86,9 @@ def _questions(family: str, config: dict, seed: int, count: int) -> list[str]:
 
 
 def gym_texts(size: int, cache: Path, families=FAMILIES) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return `size` different questions, each one's family_N and its level_N from 0 to 1; the same in every run.
+    """Return `size` different questions, family_N and level_N (0 to 1) of each. They are the same in every run.
 
-    Families and levels are equally frequent, as far as short families have that many different questions.
+    Families and levels are equally frequent, if each family has enough different questions.
     """
     spec = [families, LEVELS, size, HELD_BACK, DRAWN_PER_WANTED, version("reasoning-gym")]
     path = cache / f"texts-{_digest([json.dumps(spec)])}.json"
@@ -123,14 +123,14 @@ def _draw_texts(size: int, families: tuple[str, ...]) -> list[tuple[str, int, fl
 
 
 def estimator_cache(cache: Path) -> Path:
-    """Return the folder where the estimators of all runs keep their embeddings."""
+    """Return the folder in which the estimators of all runs keep their embeddings."""
     return cache / "estimator"
 
 
 def embed(texts: list[str], cache: Path) -> np.ndarray:
-    """Return the frozen bundled encoder's mean-pooled embeddings, float32 (2, N, E), from the cache where it has them.
+    """Return mean-pooled embeddings by the frozen bundled encoder, float32 (2, N, E), from the cache if it has them.
 
-    The first of all its layers, what a user would measure; the second of those that the recommended estimator uses.
+    The first entry uses all layers, as a user would; the second uses the layers that the recommended estimator uses.
     """
     path = _embeddings_path(texts, cache)
     if not path.exists():
@@ -140,7 +140,7 @@ def embed(texts: list[str], cache: Path) -> np.ndarray:
 
 
 def _encode(texts: list[str], cache: Path) -> np.ndarray:
-    """Embed as embed() says, into the estimator's own cache as well: each text of a pool is read once in all."""
+    """Return embeddings as embed() does. Also fill the estimator's own cache, so that each text is encoded only once."""
     from depo_plugin.estimator.embedding_cache import EmbeddingCache
     from depo_plugin.estimator.encoder import load_encoder, token_limit, weights_digest
     from depo_plugin.messages import prompt_key
@@ -149,7 +149,7 @@ def _encode(texts: list[str], cache: Path) -> np.ndarray:
     used, tokenizer = load_encoder(None, cfg.depth)
     rows_2NE = layer_means(texts, (-1, used.config.num_hidden_layers))
     limit = token_limit(used, tokenizer, cfg.max_length)
-    store = EmbeddingCache(estimator_cache(cache) / f"{weights_digest(used)}-{limit}", used.config.hidden_size)
+    store = EmbeddingCache(estimator_cache(cache) / f"{weights_digest(used)}-{limit}-fp32", used.config.hidden_size)
     store.get(np.array([prompt_key(text, "") for text in texts], np.uint64), lambda missing: rows_2NE[1, missing])
     return rows_2NE
 
@@ -157,7 +157,7 @@ def _encode(texts: list[str], cache: Path) -> np.ndarray:
 def layer_means(texts: list[str], layers: Sequence[int] | None = None) -> np.ndarray:
     """Return the bundled encoder's mean-pooled hidden states after these layers, float32 (layers, N, E).
 
-    0 is its input, -1 its last layer; None: all of them, the input's first.
+    layers: 0 is the encoder's input, -1 its last layer; None means all, in order.
     """
     import torch
 
@@ -168,7 +168,7 @@ def layer_means(texts: list[str], layers: Sequence[int] | None = None) -> np.nda
     layers = range(encoder.config.num_hidden_layers + 1) if layers is None else layers
     rows_LNE = np.empty((len(layers), len(texts), encoder.config.hidden_size), np.float32)
     ids = tokenize(tokenizer, texts, token_limit(encoder, tokenizer, EstimatorConfig().max_length))
-    order = np.argsort([len(one) for one in ids], kind="stable")  # like lengths together: little padding
+    order = np.argsort([len(one) for one in ids], kind="stable")  # similar lengths together, for little padding
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
@@ -183,21 +183,21 @@ def layer_means(texts: list[str], layers: Sequence[int] | None = None) -> np.nda
     return rows_LNE
 
 
-# ── What a ridge regression reads from them ──
+# ── Ridge regression on embeddings ──
 
 
 def ridge_predictions(x_BE: np.ndarray, y_B: np.ndarray, x_NE: np.ndarray, penalties) -> list[np.ndarray]:
-    """Return for each penalty the prediction at x_NE, float64 (N,), of a ridge regression told y_B at x_BE."""
+    """Return one prediction at x_NE, float64 (N,), per penalty: of a ridge regression that learned y_B at x_BE."""
     mean = y_B.mean()
     gram, moment, eye = x_BE.T @ x_BE, x_BE.T @ (y_B - mean), np.eye(x_BE.shape[1])
     return [mean + x_NE @ np.linalg.solve(gram + penalty * eye, moment) for penalty in penalties]
 
 
 class Ridge:
-    """Out-of-fold ridge predictions from fixed embeddings: folds and inverses are made once, targets come later."""
+    """Out-of-fold ridge predictions from fixed embeddings. Folds and solvers are made once, for many targets."""
 
     def __init__(self, x_NE: np.ndarray):
-        """Standardise the columns, split into FOLDS and prepare one solver per fold and penalty."""
+        """Standardise the columns, split into FOLDS, and prepare one solver per fold."""
         x_NE = np.asarray(x_NE, np.float64)
         x_NE = (x_NE - x_NE.mean(0)) / (x_NE.std(0) + 1e-9)
         fold_N = np.random.default_rng(len(x_NE)).permutation(len(x_NE)) % FOLDS
@@ -208,7 +208,7 @@ class Ridge:
             self._folds.append((inside, outside, x_NE[inside] @ vectors, x_NE[outside] @ vectors, values.clip(0)))
 
     def predict(self, y_N: np.ndarray, penalty: float) -> np.ndarray:
-        """Return each prompt's prediction by the folds without it; linear in y_N but for each fold's mean."""
+        """Return each prompt's prediction, learned from the folds that do not contain it."""
         out_N = np.empty(len(y_N))
         for inside, outside, x_in, x_out, values in self._folds:
             mean = y_N[inside].mean()
@@ -228,7 +228,7 @@ def _ridge(path: Path) -> Ridge:
 
 
 def ridge_of(texts: list[str], cache: Path) -> Ridge:
-    """Return the prepared regression on these texts' embeddings, made once per process."""
+    """Return the prepared regression on these texts' embeddings. It is made once per process."""
     embed(texts, cache)
     return _ridge(_embeddings_path(texts, cache))
 
@@ -246,7 +246,7 @@ def _digest(texts: list[str]) -> str:
 
 
 def _write(path: Path, write) -> None:
-    """Write a cache file whole: under a name of its own first, as two processes may write the same."""
+    """Write a cache file under a temporary name, then rename it, because two processes may write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:

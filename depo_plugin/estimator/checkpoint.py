@@ -1,28 +1,32 @@
-"""Estimator checkpoints: a folder with tensors as safetensors, the rest as JSON, and checksums of both.
+"""Estimator checkpoints: one safetensors file for each tag, with a digest of its content.
 
-    <root>/<tag>/tensors.safetensors  state.json  manifest.json
+    <root>/<tag>.safetensors    tensors and numpy arrays as they are, everything else as JSON in one byte tensor
+    <root>/latest               the run's id and the tag it last saved or resumed from
 
-A folder is written under a temporary name, flushed to the disk and renamed, so that a tag is whole or not there.
+A file is written under a temporary name, flushed to the disk and renamed: a reader finds the whole old one or the
+whole new one. Functions take the path without its suffix, `<root>/<tag>`.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as dump_tensors
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as bytes_from_tensors
 
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
-TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-PARTIAL = ".partial"
-LATEST = "latest"  # the file that names the checkpoint a restarted actor goes on from
+SUFFIX, PARTIAL = ".safetensors", ".partial"
+LATEST = "latest"
+PLAIN = "plain"  # the tensor with the JSON; the names of all others start with a digit
+DIGEST = "sha256"
 
 
 class CheckpointError(RuntimeError):
@@ -30,14 +34,14 @@ class CheckpointError(RuntimeError):
 
 
 def _split(value, path: str, tensors: dict):
-    """Return value with its tensors and arrays replaced by references, and put those into `tensors`."""
+    """Move the tensors and arrays of `value` into `tensors`; return the rest, with their names there, for JSON."""
     if isinstance(value, torch.Tensor | np.ndarray):
-        kind = "tensor" if isinstance(value, torch.Tensor) else "array"
-        # Arrays travel as their bytes: safetensors has no uint64 in every version.
-        raw = value if kind == "tensor" else torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
-        tensors[path] = raw.detach().cpu().contiguous().clone()
-        extra = {} if kind == "tensor" else {"dtype": value.dtype.str, "shape": list(value.shape)}
-        return {"__kind__": kind, "at": path, **extra}
+        name = f"{len(tensors)}{path}"  # numbered: the path alone is the same for the keys 0 and "0"
+        if isinstance(value, np.ndarray):
+            tensors[name] = torch.from_numpy(np.require(value, requirements=["C", "W"])).contiguous()
+            return {"__kind__": "array", "at": name}
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"__kind__": "tensor", "at": name}
     if isinstance(value, dict):
         pairs = [[key, _split(part, f"{path}/{key}", tensors)] for key, part in value.items()]
         return {"__kind__": "dict", "items": pairs}  # pairs: JSON would turn an optimizer's int keys into strings
@@ -48,6 +52,7 @@ def _split(value, path: str, tensors: dict):
 
 
 def _join(value, tensors: dict):
+    """Return what _split() took apart."""
     if isinstance(value, list):
         return [_join(part, tensors) for part in value]
     if not isinstance(value, dict):
@@ -56,112 +61,98 @@ def _join(value, tensors: dict):
     if kind == "tensor":
         return tensors[value["at"]]
     if kind == "array":
-        raw = tensors[value["at"]].numpy().tobytes()
-        return np.frombuffer(raw, np.dtype(value["dtype"])).reshape(value["shape"]).copy()
+        return tensors[value["at"]].numpy()
     if kind == "tuple":
         return tuple(_join(part, tensors) for part in value["items"])
     return {key: _join(part, tensors) for key, part in value["items"]}
 
 
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 over the tensors' names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        if tensor.numel():
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
 def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Write data as `path`, which is on the disk on return. If that fails (OSError), the old file is still there."""
+    partial = path.with_name(path.name + PARTIAL)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save(folder: Path, state: dict) -> None:
-    """Write `state` (nested dicts, lists, tuples, numbers, strings, None, tensors, numpy arrays) as `folder`.
-
-    On return it is on the disk. Raises OSError where it cannot be written; a tag of that name is then untouched.
-    """
-    tensors = {}
-    plain = json.dumps(_split(state, "", tensors)).encode()
-    files = {TENSORS: dump_tensors(tensors), STATE: plain}
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files[MANIFEST] = json.dumps(sums).encode()
-    partial = folder.with_name(folder.name + PARTIAL)
-    replaced = folder.with_name(folder.name + ".replaced" + PARTIAL)
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        for name, data in files.items():
-            _write(partial / name, data)
-        _sync_folder(partial)
-        if folder.exists():  # a tag that is written again after a resume
-            folder.rename(replaced)
-        partial.rename(folder)
-        _sync_folder(folder.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
-
-
-def load(folder: Path) -> dict:
-    """Return the state that save() wrote. Raises CheckpointError naming what is missing or damaged."""
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        sums = json.loads((folder / MANIFEST).read_bytes())
-        files = {name: (folder / name).read_bytes() for name in (TENSORS, STATE)}
-    except (OSError, ValueError) as err:
-        raise CheckpointError(f"{folder}: cannot be read: {err}") from err
-    for name, data in files.items():
-        if not isinstance(sums, dict) or sums.get(name) != hashlib.sha256(data).hexdigest():
-            raise CheckpointError(f"{folder / name}: its checksum is not the one it was written with: damaged.")
-    return _join(json.loads(files[STATE]), load_tensors(files[TENSORS]))
+        os.fsync(folder)  # the new name, too
+    finally:
+        os.close(folder)
+
+
+def save(at: Path, state: dict) -> None:
+    """Write `state` (nested dicts, lists, tuples, numbers, strings, None, tensors, arrays) as `<at>.safetensors`.
+
+    On return it is on the disk. No two tensors or arrays may share memory. Raises OSError if it cannot be written; an
+    older file of that tag then stays.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    plain = json.dumps(_split(state, "", tensors)).encode()
+    tensors[PLAIN] = torch.frombuffer(bytearray(plain), dtype=torch.uint8)
+    _write(at.with_name(at.name + SUFFIX), bytes_from_tensors(tensors, {DIGEST: _digest(tensors)}))
+
+
+def load(at: Path) -> dict:
+    """Return the state that save() wrote. Raises CheckpointError naming the file and what is wrong with it."""
+    path = at.with_name(at.name + SUFFIX)
+    try:
+        data = path.read_bytes()  # not mapped: of a mapped file, an error of the disk would end the process
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read: {err}") from err
+    try:
+        tensors = tensors_from_bytes(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, KeyError) as err:
+        raise CheckpointError(f"{path}: damaged: {err}") from err
+    if header.get("__metadata__", {}).get(DIGEST) != _digest(tensors):
+        raise CheckpointError(f"{path}: damaged: its SHA-256 digest is not the one it was written with.")
+    return _join(json.loads(tensors[PLAIN].numpy().tobytes()), tensors)
 
 
 def step_of(tag: str) -> int:
-    """Return the step in a tag's name, -1 where there is none."""
+    """Return the step in a tag's name, -1 if it has none."""
     number = re.search(r"(\d+)$", tag)
     return int(number[1]) if number else -1
 
 
-def _tags(root: Path) -> list[Path]:
-    """Return the checkpoints under root, newest step first."""
-    if not root.is_dir():
-        return []
-    folders = [folder for folder in root.iterdir() if folder.is_dir() and not folder.name.endswith(PARTIAL)]
-    return sorted(folders, key=lambda folder: step_of(folder.name), reverse=True)
-
-
-def _first_valid(folders: list[Path]) -> tuple[str, dict] | None:
-    for folder in folders:
+def latest_valid(root: Path, tag: str) -> tuple[str, dict] | None:
+    """Return (tag, state) of `tag`, else of the newest older checkpoint that can be read, else None."""
+    found = [path.name.removesuffix(SUFFIX) for path in root.glob(f"*{SUFFIX}")]
+    older = [name for name in found if name != tag and step_of(name) <= step_of(tag)]
+    for name in [tag, *sorted(older, key=step_of, reverse=True)]:
         try:
-            return folder.name, load(folder)
+            return name, load(root / name)
         except CheckpointError as err:
             logger.warning("DEPO: estimator checkpoint passed over: %s", err)
     return None
 
 
-def latest_valid(root: Path, tag: str) -> tuple[str, dict] | None:
-    """Return (tag, state) of the checkpoint asked for, else of the newest older one that can be read, else None."""
-    asked = root / tag
-    older = [folder for folder in _tags(root) if folder.name != tag and step_of(folder.name) <= step_of(tag)]
-    return _first_valid([asked, *older])
-
-
 def point(root: Path, run: str, tag: str) -> None:
-    """Write down which checkpoint a run last saved or resumed from. run: the launch's id."""
-    root.mkdir(parents=True, exist_ok=True)
-    partial = root / (LATEST + PARTIAL)
-    _write(partial, f"{run} {tag}".encode())
-    partial.replace(root / LATEST)
+    """Note which checkpoint a run last saved or resumed from. run: the launch's id."""
+    _write(root / LATEST, f"{run} {tag}".encode())
 
 
 def pointed(root: Path, run: str) -> str | None:
-    """Return the tag that point() wrote for this run; None if there is none, or it is an earlier run's."""
+    """Return the tag that point() noted for this run; None if there is none, or it is an earlier run's."""
     path = root / LATEST
     noted_run, _, tag = path.read_text(encoding="utf-8").partition(" ") if path.exists() else ("", "", "")
     return tag if tag and noted_run == run else None
@@ -169,6 +160,7 @@ def pointed(root: Path, run: str) -> str | None:
 
 def prune(root: Path, keep: set[str]) -> None:
     """Remove the checkpoints whose tag is not in `keep`, and what a killed save() left."""
-    for folder in root.iterdir():
-        if folder.is_dir() and folder.name not in keep:
-            shutil.rmtree(folder, ignore_errors=True)
+    for path in [*root.glob(f"*{SUFFIX}"), *root.glob(f"*{PARTIAL}")]:
+        if path.name.removesuffix(SUFFIX) not in keep:
+            with contextlib.suppress(OSError):
+                path.unlink()

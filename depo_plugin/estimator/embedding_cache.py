@@ -1,136 +1,119 @@
-"""The embedding cache: each text is embedded once; its row is on disk, memory-mapped. 12 bytes of memory a text.
+"""The embedding cache: each text is embedded once; its row lies in an SQLite file.
 
-Two files grow by appending: rows.f16 (fp16 rows), then keys.u64 (the row's text key), so that after a kill at any
-moment what the shorter one holds is whole. Several processes may share a folder: appending takes a lock. On a full
-disk texts are embedded again each time; what is on disk stays right.
+Several processes of one machine may share a file, and a kill at any moment leaves it whole. A fault of the disk costs
+time, never a wrong row: texts are embedded again if the disk is full, a temporary file stands in for a folder that
+cannot be used, and a damaged file is set aside.
 
 Suffixes: B = texts asked for, each perhaps more than once, E = the encoder's width.
 """
 
-import fcntl
+import contextlib
+import json
 import logging
-import os
-import tempfile
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from depo_plugin.estimator.metrics import append_whole
-
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
+
+FILE = "rows.sqlite3"
+TIMEOUT_S = 30.0  # for other processes' writes
+# No INTEGER PRIMARY KEY: that would order the rows themselves by key, and each new one would go between others.
+TABLE = "CREATE TABLE IF NOT EXISTS rows (key INTEGER UNIQUE, row BLOB)"
+READ = "SELECT key, row FROM rows WHERE key IN (SELECT value FROM json_each(?))"
+WRITE = "INSERT OR IGNORE INTO rows VALUES (?, ?)"  # of two processes that embed the same text, the first counts
+
+
+def _connect(path: Path | str) -> sqlite3.Connection:
+    """Return a connection to a cache that can be written. path: "" for a temporary file, gone when it is closed."""
+    db = sqlite3.connect(path, timeout=TIMEOUT_S, check_same_thread=False)
+    with contextlib.suppress(sqlite3.OperationalError):  # a file system without it: SQLite's plain journal
+        db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute(f"PRAGMA mmap_size = {2**31 - 2**16}")  # SQLite's most; reads take a third less time
+    db.execute("BEGIN IMMEDIATE")  # fails now, not at the first row, if the file cannot be written
+    db.execute(TABLE)
+    db.commit()
+    return db
 
 
 class EmbeddingCache:
     """Rows of fp16 by 64-bit key."""
 
     def __init__(self, folder: Path | None, width: int):
-        """Open or make the cache. width: E; folder: None for one of its own that goes with this object.
+        """Open or make the cache. width: E; folder: None for a temporary file.
 
-        So it is, with a warning, where the folder cannot be written.
+        Falls back to a temporary file, with a warning, if `folder` cannot be used.
         """
-        if folder is not None:
-            try:
-                self._open(folder)
-            except OSError as error:
-                logger.warning("DEPO: embeddings are kept in a temporary folder: %s", error)
-                folder = None
-        if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="depo-embeddings-")
-            self._open(Path(self._temporary.name))
+        self._path = None if folder is None else folder / FILE
         self._width = width
-        self._full = False  # the warning was given
-        self._keys = np.empty(0, np.uint64)  # sorted
-        self._places = np.empty(0, np.int32)  # the row of each
-        self._count = 0  # rows that were read from the files
-        self._rows = np.empty((0, width), np.float16)
-        self._refresh()
+        self._failing: set[str] = set()  # of "read" and "written", what fails and was warned of
+        self._db = self._open()
 
-    def _open(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: what a full disk refused must not be written later, before other rows.
-        self._rows_file = open(folder / "rows.f16", "a+b", buffering=0)
-        self._keys_file = open(folder / "keys.u64", "a+b", buffering=0)
+    def _open(self) -> sqlite3.Connection:
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    return _connect(self._path)
+                except sqlite3.DatabaseError as error:
+                    self._set_aside(error)
+                    return _connect(self._path)
+            except (OSError, sqlite3.Error) as error:
+                logger.warning("DEPO: embeddings are kept in a temporary file, not in %s: %s", self._path, error)
+        return _connect("")
+
+    def _set_aside(self, error: sqlite3.Error) -> None:
+        """Rename the file if the error says that it is damaged; raise any other error."""
+        if type(error) is not sqlite3.DatabaseError or self._path is None:  # its subclasses have other causes
+            raise error
+        aside = self._path.with_name(FILE + ".damaged")
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            with contextlib.suppress(FileNotFoundError):
+                Path(f"{self._path}{suffix}").replace(f"{aside}{suffix}")
+        logger.warning("DEPO: %s is damaged (%s): renamed to %s, texts are embedded again.", self._path, error, aside)
 
     def __len__(self) -> int:
-        return len(self._keys)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory held, without the pages that the system maps."""
-        return self._keys.nbytes + self._places.nbytes
+        return self._db.execute("SELECT count(*) FROM rows").fetchone()[0]
 
     def get(self, keys_B: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Return the rows of these keys, float16 (B, E).
 
         keys_B: uint64; compute: given the indices (into keys_B) of texts without a row, returns their embeddings
-        (missing, E), which are stored. Where they cannot be, they serve this call alone, with one warning.
+        (missing, E), which are stored. If they cannot be, they serve this call alone, with one warning.
         """
-        missing = self._missing(keys_B)
+        keys = keys_B.view(np.int64).tolist()  # SQLite's integers are signed
+        row_of = self._read(keys)
+        first = np.sort(np.unique(keys_B, return_index=True)[1])
+        missing = np.array([i for i in first.tolist() if keys[i] not in row_of], np.int64)
         if len(missing):
-            self._refresh()  # another process may have added them
-            missing = self._missing(keys_B)
-        if not len(missing):
-            return self._known(keys_B)
-        computed = np.asarray(compute(missing), np.float16)
+            computed = np.asarray(compute(missing), np.float16)
+            row_of |= {keys[i]: row.tobytes() for i, row in zip(missing, computed, strict=True)}
+            new = [(keys[i], row_of[keys[i]]) for i in missing]
+            self._attempt("written", lambda: self._db.executemany(WRITE, new))
+            row_of |= self._read([key for key, _ in new])  # another process may have been first
+        return np.frombuffer(bytearray().join([row_of[key] for key in keys]), np.float16).reshape(-1, self._width)
+
+    def _read(self, keys: list[int]) -> dict[int, bytes]:
+        return self._attempt("read", lambda: dict(self._db.execute(READ, [json.dumps(keys)]))) or {}
+
+    def _attempt(self, what: str, run: Callable):
+        """Return run(). If it fails, warn once and return None; a damaged file is replaced by a new one."""
         try:
-            self._append(keys_B[missing], computed)
-        except OSError as error:
-            if not self._full:
-                logger.warning("DEPO: embeddings cannot be written: %s. They are computed again each time.", error)
-            self._full = True
-            return self._joined(keys_B, keys_B[missing], computed)
-        self._full = False
-        return self._known(keys_B)
-
-    def _known(self, keys_B):
-        return self._rows[self._places[np.searchsorted(self._keys, keys_B)]]
-
-    def _joined(self, keys_B, new_keys, new_rows):
-        """Return the rows of keys_B, each of which is known or among the new ones."""
-        is_new_B = np.isin(keys_B, new_keys)
-        rows_BE = np.empty((len(keys_B), self._width), np.float16)
-        rows_BE[~is_new_B] = self._known(keys_B[~is_new_B])
-        order = np.argsort(new_keys)
-        rows_BE[is_new_B] = new_rows[order][np.searchsorted(new_keys[order], keys_B[is_new_B])]
-        return rows_BE
-
-    def _missing(self, keys_B):
-        """Return the index of the first occurrence of each key that has no row, in order of occurrence."""
-        _, first = np.unique(keys_B, return_index=True)
-        first = np.sort(first)
-        at = np.searchsorted(self._keys, keys_B[first])
-        known = at < len(self._keys)
-        known[known] = self._keys[at[known]] == keys_B[first][known]
-        return first[~known]
-
-    def _whole(self) -> int:
-        """Return how many rows both files hold whole."""
-        rows = os.fstat(self._rows_file.fileno()).st_size // (2 * self._width)
-        return min(rows, os.fstat(self._keys_file.fileno()).st_size // 8)
-
-    def _refresh(self):
-        """Take up the rows that were added to the files since."""
-        count = self._whole()
-        if count <= self._count:
-            return
-        added = os.pread(self._keys_file.fileno(), 8 * (count - self._count), 8 * self._count)
-        added = np.frombuffer(added, np.uint64)
-        places = np.arange(self._count, count, dtype=np.int32)
-        keys, places = np.r_[self._keys, added], np.r_[self._places, places]
-        self._keys, first = np.unique(keys, return_index=True)  # of equal ones the oldest
-        self._places = places[first]
-        self._count = count
-        self._rows = np.memmap(self._rows_file, np.float16, "r", shape=(count, self._width))
-
-    def _append(self, keys_B, rows_BE):
-        fcntl.flock(self._keys_file, fcntl.LOCK_EX)
-        try:
-            whole = self._whole()
-            self._rows_file.truncate(2 * self._width * whole)  # what a killed process left behind
-            self._keys_file.truncate(8 * whole)
-            append_whole(self._rows_file, rows_BE.tobytes())
-            append_whole(self._keys_file, keys_B.tobytes())
-        finally:
-            fcntl.flock(self._keys_file, fcntl.LOCK_UN)
-        self._refresh()
+            with self._db:  # commits, or rolls back
+                found = run()
+        except sqlite3.OperationalError as error:
+            self._db.rollback()  # Python before 3.11 leaves that to us if it is the commit that fails
+            if what not in self._failing:
+                text = "DEPO: embeddings cannot be %s (%s: %s). They are computed again each time."
+                logger.warning(text, what, self._path, error)
+            self._failing.add(what)
+        except sqlite3.DatabaseError as error:
+            self._set_aside(error)
+            self._db.close()
+            self._db = self._open()
+        else:
+            self._failing.discard(what)
+            return found

@@ -50,16 +50,14 @@ def stop(said: str) -> None:
 
 
 def stop_in_save(host, said: str) -> None:
-    """In the actor: stop at the second file of the next save, when it is written."""
-    sync, done = os.fsync, []
+    """In the actor: stop in the next save when its file is written and not yet renamed."""
+    sync = os.fsync
 
-    def counted(descriptor):
+    def then_stop(descriptor):
         sync(descriptor)
-        done.append(descriptor)
-        if len(done) == 2:
-            stop(said)
+        stop(said)
 
-    os.fsync = counted
+    os.fsync = then_stop
 
 
 class Policy:

@@ -1,8 +1,9 @@
 """The embedding cache: computed once, found again by every process, whole after a kill at any moment."""
 
 import multiprocessing
+import signal
+import sqlite3
 import time
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from depo_plugin.estimator.embedding_cache import EmbeddingCache
 
 WIDTH = 4
-ROWS, KEYS = "rows.f16", "keys.u64"
+FILE = "rows.sqlite3"
 
 
 def keys(*numbers):
@@ -55,99 +56,86 @@ def test_each_text_is_computed_once(tmp_path, encoder):
     assert encoder.asked == [5, 3, 2**10, 7]
 
 
-def test_rows_are_found_again_by_the_next_process(tmp_path, encoder):
-    encoder.get(EmbeddingCache(tmp_path, WIDTH), keys(1, 2, 3))
+def test_rows_are_found_again_by_the_next_process_at_any_key(tmp_path, encoder):
+    edges = keys(0, 1, 2**63 - 1, 2**63, 2**64 - 1)  # the middle ones are SQLite's largest and smallest integers
+    EmbeddingCache(tmp_path, WIDTH).get(edges, lambda missing: row(missing))
     again = EmbeddingCache(tmp_path, WIDTH)
-    assert len(again) == 3
-    encoder.get(again, keys(3, 2, 1, 4))
-    assert encoder.asked == [1, 2, 3, 4]
-    assert (tmp_path / ROWS).stat().st_size == 4 * 2 * WIDTH
-    assert np.fromfile(tmp_path / KEYS, np.uint64).tolist() == [1, 2, 3, 4]
+    assert len(again) == 5
+    np.testing.assert_array_equal(again.get(edges[::-1], None), row(range(5))[::-1])
 
 
-def test_a_temporary_folder_goes_with_the_cache(encoder):
+def test_a_temporary_file_goes_with_the_cache(encoder):
     one, other = EmbeddingCache(None, WIDTH), EmbeddingCache(None, WIDTH)
     encoder.get(one, keys(1))
     encoder.get(other, keys(1))
     assert encoder.asked == [1, 1], "each has its own"
 
 
-@pytest.mark.parametrize("rows_left", [0, 1, 7, 8, 9, 16, 17, 23, 24])
-@pytest.mark.parametrize("keys_left", [0, 3, 8, 15, 16, 20, 24])
-def test_what_a_killed_writer_left_is_dropped(tmp_path, encoder, rows_left, keys_left):
-    """Three rows of 8 bytes and three keys of 8, each file cut off anywhere: what both hold whole is there."""
-    encoder.get(EmbeddingCache(tmp_path, WIDTH), keys(1, 2, 3))
-    for name, left in ((ROWS, rows_left), (KEYS, keys_left)):
-        with open(tmp_path / name, "r+b") as file:
-            file.truncate(left)
-    whole = min(rows_left, keys_left) // 8
-    cut, late = EmbeddingCache(tmp_path, WIDTH), EmbeddingCache(tmp_path, WIDTH)
-    assert len(cut) == len(late) == whole
-    encoder.asked.clear()
-    encoder.get(cut, keys(9, 3, 2, 1))
-    assert encoder.asked == [key for key in (9, 3, 2, 1) if key > whole]
-    encoder.get(late, keys(1, 2, 3, 9, 10))
-    assert encoder.asked[-1] == 10
-    assert len(encoder.asked) == 4 - whole + 1, "what the other one wrote is found"
-    assert len(EmbeddingCache(tmp_path, WIDTH)) == 5
-
-
-def test_a_tail_that_was_read_before_it_was_cut_off_is_not_remembered(tmp_path, encoder):
-    """A reader opens while 13 bytes of a killed writer's keys lie there; another writer cuts them off and goes on."""
-    writer = EmbeddingCache(tmp_path, WIDTH)
-    encoder.get(writer, keys(1, 2))
-    with open(tmp_path / KEYS, "ab") as file:
-        file.write(b"\x22" * 13)
-    reader = EmbeddingCache(tmp_path, WIDTH)
-    encoder.get(writer, keys(7, 8))
-    encoder.asked.clear()
-    encoder.get(reader, keys(7, 8, 1))
-    assert encoder.asked == []
-    assert len(reader) == 4
-
-
 def test_two_that_compute_the_same_text_agree(tmp_path, encoder):
-    """Another process adds rows while this one computes: both copies are on disk, the oldest counts in both."""
+    """Another process adds a row while this one computes it, with other last bits: the first counts in both."""
     one, other = EmbeddingCache(tmp_path, WIDTH), EmbeddingCache(tmp_path, WIDTH)
 
     def compute(missing):
         encoder.get(other, keys(2, 3))
         return -row(keys(1, 2)[missing])
 
-    found = one.get(keys(1, 2), compute)
-    np.testing.assert_array_equal(found, np.r_[-row([1]), row([2])])
-    assert np.fromfile(tmp_path / KEYS, np.uint64).tolist() == [2, 3, 1, 2]
-    assert len(one) == 3
-    np.testing.assert_array_equal(other.get(keys(2, 1), None), np.r_[row([2]), -row([1])])
+    expected = np.r_[-row([1]), row([2])]
+    np.testing.assert_array_equal(one.get(keys(1, 2), compute), expected)
+    np.testing.assert_array_equal(one.get(keys(1, 2), None), expected)
+    np.testing.assert_array_equal(other.get(keys(1, 2), None), expected)
 
 
 def append(folder, seed, barrier):
-    """One of two processes: 40 batches of 25 keys, about half of them the other one's, too."""
+    """One process: 40 batches of 25 keys, in an order of its own."""
+    barrier.wait()
     cache, encoder = EmbeddingCache(folder, WIDTH), Encoder()
     order = np.random.default_rng(seed).permutation(1000).astype(np.uint64)
-    barrier.wait()
     for batch in np.split(order, 40):
         encoder.get(cache, batch)
     raise SystemExit(0 if len(cache) == 1000 else 1)
 
 
-def test_two_processes_append_to_one_folder(tmp_path, encoder):
+def start(folder, seeds):
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    processes = [context.Process(target=append, args=(tmp_path, seed, barrier)) for seed in (1, 2)]
+    barrier = context.Barrier(len(seeds) + 1)
+    processes = [context.Process(target=append, args=(folder, seed, barrier)) for seed in seeds]
     for process in processes:
         process.start()
+    barrier.wait()
+    return processes
+
+
+def assert_whole(folder, count=1000):
+    """Every stored row is that of its key, and SQLite finds no fault in the file."""
+    db = sqlite3.connect(folder / FILE)
+    assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    stored = dict(db.execute("SELECT key, row FROM rows"))
+    assert len(stored) <= count
+    assert all(found == row([key]).astype(np.float16).tobytes() for key, found in stored.items())
+    return len(stored)
+
+
+def test_processes_that_begin_at_once_share_one_file(tmp_path):
+    processes = start(tmp_path, (1, 2, 3))
     for process in processes:
         process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    cache = EmbeddingCache(tmp_path, WIDTH)
-    assert len(cache) == 1000
-    encoder.get(cache, np.arange(1000, dtype=np.uint64))
-    assert encoder.asked == []
-    stored = np.fromfile(tmp_path / KEYS, np.uint64)
-    rows = np.fromfile(tmp_path / ROWS, np.float16).reshape(-1, WIDTH)
-    np.testing.assert_array_equal(rows, row(stored).astype(np.float16), err_msg="each row stands with its key")
-    assert 1000 <= len(stored) < 2000
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert assert_whole(tmp_path) == 1000
+
+
+def test_a_kill_at_any_moment_leaves_whole_rows(tmp_path):
+    """kill -9 of one of two writers, at twelve moments: the other one ends as if nothing had been."""
+    exits = []
+    for kill in range(12):
+        killed, other = start(tmp_path / str(kill), (1, 2))
+        time.sleep(0.004 * kill)
+        killed.kill()
+        for process in (killed, other):
+            process.join(60)
+        exits.append((killed.exitcode, other.exitcode))
+        assert assert_whole(tmp_path / str(kill)) == 1000
+    assert [other for _, other in exits] == [0] * 12
+    assert [killed for killed, _ in exits].count(-signal.SIGKILL) >= 6
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning_and_a_temporary_one_stands_in(tmp_path, encoder, caplog):
@@ -157,31 +145,45 @@ def test_a_folder_that_cannot_be_written_is_a_warning_and_a_temporary_one_stands
     encoder.get(cache, keys(2, 1))
     assert encoder.asked == [1, 2]
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning.startswith("DEPO: embeddings are kept in a temporary folder: ")
-    assert str(tmp_path / "file") in warning
-    assert (tmp_path / "file").read_text() == ""
+    assert warning.startswith(f"DEPO: embeddings are kept in a temporary file, not in {tmp_path / 'file'}")
 
 
-def test_a_million_texts_cost_less_than_100_bytes_of_memory_each(tmp_path):
-    """12 bytes of keys and places; rows are on disk. 64 texts of which four are new within 1 s (0.05 s when idle)."""
-    count, width = 1_000_000, 16
-    known = np.random.default_rng(0).permutation(count).astype(np.uint64) * np.uint64(7919)
-    with open(tmp_path / KEYS, "wb") as file:
-        file.write(known.tobytes())
-    np.repeat((known % 2000)[:, None], width, 1).astype(np.float16).tofile(tmp_path / ROWS)
-    tracemalloc.start()
-    try:
-        cache = EmbeddingCache(tmp_path, width)
-        held = tracemalloc.get_traced_memory()[0]
-    finally:
-        tracemalloc.stop()
-    assert len(cache) == count
-    assert cache.nbytes == 12 * count
-    assert held < 20 * count, "rows are mapped, not read"
-    asked = np.r_[known[::16667], keys(1, 2, 3, 4)]
-    assert len(asked) == 64
-    start = time.perf_counter()
-    found = cache.get(asked, lambda missing: np.repeat(asked[missing][:, None], width, 1))
-    assert time.perf_counter() - start < 1.0
-    np.testing.assert_array_equal(found[:, 0], (asked % 2000).astype(np.float16))
-    assert len(cache) == count + 4
+class Unlockable(sqlite3.Connection):
+    """What SQLite says on a file system without locks."""
+
+    def execute(self, sql, *args):
+        if sql.startswith(("BEGIN", "PRAGMA journal")):
+            raise sqlite3.OperationalError("locking protocol")
+        return super().execute(sql, *args)
+
+
+def test_without_locks_a_temporary_file_stands_in(tmp_path, encoder, caplog, monkeypatch):
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3,
+        "connect",
+        lambda path, **options: connect(path, factory=Unlockable if path else sqlite3.Connection, **options),
+    )
+    encoder.get(EmbeddingCache(tmp_path, WIDTH), keys(1, 2))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.endswith(f"{tmp_path / FILE}: locking protocol")
+
+
+@pytest.mark.parametrize("whole", [0, 8192], ids=["found on opening", "found on reading"])
+def test_a_damaged_file_is_set_aside_with_one_warning(tmp_path, encoder, caplog, whole):
+    """Its first `whole` bytes are as they were; opening it reads two pages of 4096."""
+    many = np.arange(1000, dtype=np.uint64)
+    before = EmbeddingCache(tmp_path, WIDTH)
+    encoder.get(before, many)
+    before._db.close()
+    data = (tmp_path / FILE).read_bytes()
+    data = data[:whole] + b"\x55" * (len(data) - whole)
+    (tmp_path / FILE).write_bytes(data)
+    cache = EmbeddingCache(tmp_path, WIDTH)
+    for _ in range(2):
+        encoder.get(cache, many)
+    assert len(encoder.asked) == 2000, "embedded again once"
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith(f"DEPO: {tmp_path / FILE} is damaged (")
+    assert (tmp_path / f"{FILE}.damaged").read_bytes() == data
+    assert assert_whole(tmp_path) == 1000
