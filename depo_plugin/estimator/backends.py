@@ -1,6 +1,6 @@
-"""Where the estimator's model is stepped: plain torch on one device, or a DeepSpeed engine of OpenRLHF's strategy.
+"""The optimizer steps of the estimator's model: with plain torch on one device, or with a DeepSpeed engine.
 
-Both take the model and AdamW's parameter groups, and have `model`, `device`, `optimizer` and step(loss).
+Both backends take the model and AdamW's parameter groups, and offer `model`, `device`, `optimizer` and step(loss).
 """
 
 import copy
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 WEIGHT_DECAY = 0.01  # of AdamW (paper: the same)
-MAX_NORM = 1.0  # gradient norm above which gradients are scaled down (paper: the same)
+MAX_NORM = 1.0  # a larger gradient norm is scaled down to this (paper: the same)
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """Return copies on the CPU of what the optimizer holds, by parameter name; {} before the first step.
+    """Return CPU copies of the optimizer's state, by parameter name; {} before the first step.
 
-    Learning rates and the like are settings, not state: a resumed run takes the ones it is launched with.
+    Learning rates and the like are settings, not state: a resumed run uses those it is launched with.
     """
     return {
         name: {field: value.detach().to("cpu", copy=True) for field, value in optimizer.state[parameter].items()}
@@ -28,21 +28,24 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Take up optimizer_state(); ValueError naming parameters that the model does not have."""
+    """Restore an optimizer_state(). Raise ValueError if it has parameters that the model does not have."""
     parameters = dict(model.named_parameters())
     if unknown := sorted(set(state) - set(parameters)):
         raise ValueError(f"optimizer: the model has no parameters {unknown}.")
     optimizer.state.clear()
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     for name, fields in state.items():
-        # `step` stays on the CPU unless the optimizer is fused there, as torch's own loading does it.
-        optimizer.state[parameters[name]] = {
-            field: value.detach().clone() if field == "step" else value.to(parameters[name].device, copy=True)
+        device = parameters[name].device
+        optimizer.state[
+            parameters[name]
+        ] = {  # `step` is a CPU tensor unless the optimizer is fused, as torch wants it
+            field: value.to(device if fused or field != "step" else "cpu", copy=True)
             for field, value in fields.items()
         }
 
 
 class TorchBackend:
-    """Holds the model and steps it: backward, clip, AdamW."""
+    """Holds the model and makes its optimizer steps: backward, clip, AdamW."""
 
     def __init__(self, model: nn.Module, param_groups: list[dict]):
         """Take a model with fp32 weights. param_groups: AdamW's, each with lr and weight_decay."""
@@ -53,7 +56,7 @@ class TorchBackend:
     def step(self, loss: torch.Tensor) -> float:
         """Make one optimizer step from the loss; return the gradient's norm before clipping.
 
-        Raises RuntimeError, with the weights untouched, if the gradient is not finite.
+        Raise RuntimeError, with the weights unchanged, if the gradient is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -63,7 +66,7 @@ class TorchBackend:
 
 
 def deepspeed_strategy(args):
-    """Return an OpenRLHF strategy of world size 1 with ZeRO 0 and fp32 weights; its process group is initialised.
+    """Return an OpenRLHF strategy with world size 1, ZeRO 0, fp32 weights and an initialised process group.
 
     args: OpenRLHF's arguments of the launch; they are copied, not changed.
     """
@@ -74,7 +77,7 @@ def deepspeed_strategy(args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    # As OpenRLHF's own model actors set it: Ray narrows *_VISIBLE_DEVICES, and then the one GPU is number 0.
+    # As OpenRLHF's own model actors set it: if Ray sets *_VISIBLE_DEVICES, the only visible GPU is number 0.
     local_rank = str(ray.get_gpu_ids()[0]) if ray_noset_visible_devices() else "0"
     os.environ.update(address, WORLD_SIZE="1", RANK="0", LOCAL_RANK=local_rank)
     args = copy.deepcopy(args)
@@ -89,7 +92,7 @@ def deepspeed_strategy(args):
 
 
 class DeepSpeedBackend:
-    """Wraps the model in a DeepSpeed engine; same steps as TorchBackend, within floating-point tolerance."""
+    """Wraps the model in a DeepSpeed engine. Its steps equal TorchBackend's within floating-point tolerance."""
 
     def __init__(self, model: nn.Module, param_groups: list[dict], strategy):
         """Build the engine. model, param_groups: as in TorchBackend; strategy: from deepspeed_strategy()."""
@@ -109,7 +112,7 @@ class DeepSpeedBackend:
     def step(self, loss) -> float:
         """Make one optimizer step from the loss; return the gradient's norm before clipping.
 
-        Raises RuntimeError, with the weights untouched, if the gradient is not finite.
+        Raise RuntimeError, with the weights unchanged, if the gradient is not finite.
         """
         self.engine.backward(loss)
         # The engine clips by the same norm, but does not report it for fp32 weights.

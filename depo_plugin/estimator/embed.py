@@ -1,4 +1,4 @@
-"""Prompts to token batches, and how they are computed: in which precision, and what is kept for the backward pass.
+"""Turn prompts into token batches and embeddings, choose the precision, and estimate memory for the backward pass.
 
 Suffixes: B = prompts, T = tokens of the longest one.
 """
@@ -15,20 +15,22 @@ from depo_plugin.estimator.encoder import pool
 
 MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # a CPU is fastest while a layer's activations stay in its cache
 GROWTH, SLACK = 1.125, 8  # a micro-batch's longest prompt: at most 1.125 times its shortest and 8 tokens more
-KEPT_BYTES = 6 << 30  # of activations that one call keeps for the backward pass: 128 mixed prompts of a small encoder
-UNIT_BYTES = 68  # of activations per token, layer and unit of width (measured with MiniLM, in both precisions)
-GAIN = 1.25  # how much faster bf16 must be, or the noise of a busy machine would decide
-PROBE_SECONDS, PROBE_RUNS = 0.7, 3
+# Most activations that one call keeps for the backward pass; on a CPU 128 mixed prompts of a small encoder fit, on a
+# GPU the policy and vLLM need the memory.
+KEPT_BYTES = {"cpu": 6 << 30, "cuda": 1 << 30}
+UNIT_BYTES = 68  # bytes of activations per token, layer and unit of width (measured with MiniLM, both precisions)
+GAIN = 1.25  # bf16 must be faster by this factor, or the noise of a busy machine would decide
+PROBE_SECONDS, PROBE_RUNS = 0.7, 3  # limits of the measurement in fastest_dtype
 READ_CHARS = 64  # characters of a prompt's end that are tokenized, per token of max_length: far more than a token has
 PROBE_PROMPTS, PROBE_TOKENS = {"cpu": 1, "cuda": 64}, 128  # enough to keep the device busy
 
 
 def tokenize(tokenizer, prompts: list[str], max_length: int) -> list[list[int]]:
-    """Return each prompt's token ids, at most max_length of them with the special tokens, keeping its END.
+    """Return each prompt's token ids: at most max_length, special tokens included, from the END of the prompt.
 
-    A long system prompt stands at the start, the problem at the end. What lies further from the end than READ_CHARS
-    for each token is not even tokenized: 10 MB would take a minute and gigabytes. Never an empty list: where a
-    tokenizer adds no special tokens, an empty prompt becomes one padding token.
+    A long system prompt stands at the start, the problem at the end. Only the last READ_CHARS · max_length characters
+    are tokenized: 10 MB would take a minute and gigabytes. No list is empty: if the tokenizer adds no special tokens,
+    an empty prompt becomes one padding token.
     """
     tokenizer.truncation_side = "left"
     ends = [prompt[-READ_CHARS * max_length :] for prompt in prompts]
@@ -38,9 +40,9 @@ def tokenize(tokenizer, prompts: list[str], max_length: int) -> list[list[int]]:
 
 
 def micro_batches(ids: list[list[int]], tokens: int) -> list[np.ndarray]:
-    """Return the indices of each micro-batch: at most `tokens` with the padding, or one prompt that is longer.
+    """Return the indices of each micro-batch: at most `tokens` tokens with padding, or one prompt that is longer.
 
-    Shortest first. Like lengths stand together: little of a micro-batch is padding, however few prompts there are.
+    Short prompts come first. Prompts of similar length stand together, so that little of a micro-batch is padding.
     """
     length_B = np.array([len(one) for one in ids], np.int64)
     batches: list[list[int]] = []
@@ -63,22 +65,22 @@ def pad(ids: list[list[int]], pad_id: int, device: torch.device) -> tuple[torch.
 
 
 def activation_bytes(config, tokens: int) -> int:
-    """Return about how much memory the backward pass of so many padded tokens needs. config: the encoder's."""
+    """Return about how many bytes the backward pass of `tokens` padded tokens needs. config: the encoder's."""
     return UNIT_BYTES * config.num_hidden_layers * config.hidden_size * tokens
 
 
 def autocast(device: torch.device, dtype: str):
-    """Return a context that computes in fp32 or bf16. Gradients must be switched on or off before it is entered.
+    """Return a context that computes in `dtype`, fp32 or bf16. Switch gradients on or off before you enter it.
 
-    Without them weights are cast once for all micro-batches (those that require gradients: a frozen encoder's must,
-    too). With them, that would sum gradients in bf16.
+    If gradients are off, weights are cast once for all micro-batches. torch does so only for weights that require
+    gradients, so a frozen encoder's weights must require them, too. If they are on, it would sum gradients in bf16.
     """
     enabled, cache = dtype == "bf16", not torch.is_grad_enabled()
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
 class Fp32Attention(TorchFunctionMode):
-    """Inside, attention is computed in fp32 whatever the rest is: torch's bf16 kernel for CPUs is the slower one."""
+    """A context in which attention is computed in fp32: torch's bf16 attention kernel for CPUs is slower."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -93,15 +95,15 @@ def _widened(value):
 
 
 def embed(encoder: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return the prompts' embeddings, float32 (B, E), of (B, T) tokens."""
+    """Return the prompts' embeddings, float32 (B, E), from (B, T) tokens."""
     with Fp32Attention() if input_ids.device.type == "cpu" else contextlib.nullcontext():
         return pool(encoder, input_ids, attention_mask).float()
 
 
 def fastest_dtype(encoder: torch.nn.Module, device: torch.device, max_length: int) -> str:
-    """Return bf16 where this encoder is clearly faster in it on this device, else fp32, in less than a second.
+    """Return "bf16" if this encoder is clearly faster in it on this device, else "fp32". Takes less than a second.
 
-    CPUs without bf16 instructions compute in it several times slower than in fp32. max_length: tokens of a prompt.
+    CPUs without bf16 instructions are several times slower in bf16 than in fp32. max_length: tokens of a prompt.
     """
     best = {"fp32": float("inf"), "bf16": float("inf")}
     end = time.perf_counter() + PROBE_SECONDS
@@ -114,13 +116,13 @@ def fastest_dtype(encoder: torch.nn.Module, device: torch.device, max_length: in
 
 
 def probe_seconds(encoder: torch.nn.Module, device: torch.device, tokens: int, dtype: str) -> float:
-    """Return the seconds of one small forward pass; infinity where it fails or its result is not finite."""
+    """Return the seconds of one small forward pass; infinity if it fails or its result is not finite."""
     shape = PROBE_PROMPTS[device.type], tokens
     ids = torch.arange(shape[0] * tokens, device=device).view(shape) % encoder.config.vocab_size
     start = time.perf_counter()
     try:
         with torch.no_grad(), autocast(device, dtype):
-            fine = bool(embed(encoder, ids, torch.ones_like(ids)).isfinite().all())  # waits for a GPU
+            fine = bool(embed(encoder, ids, torch.ones_like(ids)).isfinite().all())  # also waits for the GPU
     except RuntimeError:
         return float("inf")
     return time.perf_counter() - start if fine else float("inf")

@@ -68,10 +68,9 @@ class TextModel:
             self.model = DifficultyHeads(self.width) if self._frozen else DifficultyModel(self._encoder)
         self._max_length = token_limit(self._encoder, self._tokenizer, cfg.max_length)
         groups = _param_groups(self.model, cfg)
-        if strategy is None:
-            self._backend = TorchBackend(self.model, groups)
-        else:
-            self._backend = DeepSpeedBackend(self.model, groups, strategy)
+        self._backend: TorchBackend | DeepSpeedBackend = (
+            TorchBackend(self.model, groups) if strategy is None else DeepSpeedBackend(self.model, groups, strategy)
+        )
         self.device = self._backend.device
         self._heads = self.model if self._frozen else self.model.heads
         self._encoder.to(self.device)
@@ -151,7 +150,7 @@ class TextModel:
             return torch.empty(0, self.width, device=self.device)
         ids = embed.tokenize(self._tokenizer, prompts, self._max_length)
         batches = embed.micro_batches(ids, self._micro_batch_tokens)
-        room = embed.KEPT_BYTES if torch.is_grad_enabled() else float("inf")
+        room = embed.KEPT_BYTES[self.device.type] if torch.is_grad_enabled() else float("inf")
         rows = []
         with embed.autocast(self.device, self._dtype):
             for batch in batches:

@@ -1,4 +1,6 @@
-"""Token batches, what is kept for the backward pass, and the precision that is chosen; one tiny random encoder."""
+"""Token batches, what is kept for the backward pass, and the precision that is computed in."""
+
+import functools
 
 import numpy as np
 import pytest
@@ -6,18 +8,14 @@ import tiny_encoder
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_losses import slow_total
 from torch.nn import functional as F
 
-from depo_plugin.estimator import embed, estimator
-from depo_plugin.estimator.checkpoint import CheckpointError
+from depo_plugin.estimator import backends, embed, text_model
 from depo_plugin.estimator.encoder import load_encoder
-from depo_plugin.estimator.estimator import DifficultyEstimator
-from depo_plugin.estimator.heads import DifficultyModel
-from depo_plugin.messages import Label
-from depo_plugin.settings.config import DepoConfig, EstimatorConfig
+from depo_plugin.estimator.text_model import Targets, TextModel
 
 CPU = torch.device("cpu")
+COUNT = 20
 
 
 @pytest.fixture(scope="module")
@@ -27,53 +25,35 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def make(folder, monkeypatch):
-    """make(dtype="fp32", ...): an estimator that trains the tiny encoder, with narrow heads and no dropout."""
+    """make(dtype="fp32", ...): a text model of the whole tiny encoder, with narrow heads."""
+    tiny_encoder.narrow_heads(monkeypatch)
 
-    def narrow(encoder):
-        model = DifficultyModel(encoder, hidden=64)
-        model.heads.trunk[-1].p = 0.0
-        return model
-
-    monkeypatch.setattr(estimator, "DifficultyModel", narrow)
-
-    def build(**given):
-        given = {
-            "model": folder,
-            "mode": "finetune",
-            "dtype": "fp32",
-            "updates_per_step": 1,
-            "replay": 0,
-            "depth": 1.0,
-        } | given
-        return DifficultyEstimator(DepoConfig(estimator=EstimatorConfig(**given)), 4, seed=0)
+    def build(cache_dir=None, **given):
+        return TextModel(tiny_encoder.settings(folder, depth=1.0, **given).estimator, 0, cache_dir=cache_dir)
 
     return build
 
 
-def labels(count):
-    """Prompts of 3 to 100 tokens with all pass rates of groups of 4."""
-    rng = np.random.default_rng(0)
-    texts = ["".join(rng.choice(list("0123456789+"), rng.integers(1, 99))) for _ in range(count)]
-    return [Label(text, "x", i % 5 / 4, 0.4, 4, 0 < i % 5 < 4) for i, text in enumerate(texts)]
+@pytest.fixture(params=["frozen", "finetune"])
+def either(make, request):
+    """make() in one mode, then in the other."""
+    return functools.partial(make, mode=request.param)
 
 
-def scores(made, groups):
-    return made.score([one.prompt for one in groups], [one.label for one in groups]).a
+RNG = np.random.default_rng(0)
+PROMPTS = ["".join(RNG.choice(list("0123456789+"), RNG.integers(1, 99))) for _ in range(COUNT)]  # of 3 to 100 tokens
+TARGETS = Targets(torch.arange(COUNT) % 5 / 4, torch.full((COUNT,), 0.4), torch.zeros(COUNT))
 
 
-def gradients(made, groups):
-    """The gradients of one update, and its losses."""
-    found = {}
-    step = made.backend.optimizer.step
+def step(made, number=0):
+    """Return the step's losses, and its gradients by name."""
+    found = made.step(made.embed(PROMPTS), TARGETS, number)
+    return found, {name: one.grad.clone() for name, one in made.model.named_parameters() if one.grad is not None}
 
-    def keep_then_step():
-        named = made.backend.model.named_parameters()
-        found.update({name: one.grad.clone() for name, one in named if one.grad is not None})
-        return step()
 
-    made.backend._max_norm = float("inf")
-    made.backend.optimizer.step = keep_then_step
-    return made.observe(groups), found
+def read(made):
+    with torch.no_grad():
+        return made.embed(PROMPTS)
 
 
 # ── Micro-batches ──
@@ -92,13 +72,12 @@ def test_micro_batches_hold_each_prompt_once_within_the_budget_and_with_little_p
 
 
 def test_like_lengths_share_a_micro_batch_and_a_long_prompt_has_its_own():
-    lengths = [30, 700, 10, 31, 11, 10]
-    batches = embed.micro_batches([[0] * length for length in lengths], 62)
+    batches = embed.micro_batches([[0] * length for length in (30, 700, 10, 31, 11, 10)], 62)
     assert [batch.tolist() for batch in batches] == [[2, 5, 4], [0, 3], [1]]
     assert embed.micro_batches([], 62) == []
 
 
-def test_little_is_padding_where_there_are_many_prompts():
+def test_little_is_padding_if_there_are_many_prompts():
     """512 prompts of 20 to 500 tokens: batches of 16 in order of arrival compute 1.8 tokens for each that is one."""
     lengths = np.random.default_rng(0).integers(20, 501, 512)
     batches = embed.micro_batches([[0] * length for length in lengths], 1024)
@@ -108,44 +87,31 @@ def test_little_is_padding_where_there_are_many_prompts():
     assert arrival > 1.7 * lengths.sum()
 
 
-# ── The same numbers however they are computed ──
-
-
-@pytest.mark.parametrize("tokens", [1, 100, 300, 10**6])
-def test_scores_are_those_of_one_prompt_at_a_time(make, tokens):
-    made, groups = make(micro_batch_tokens=tokens), labels(24)
-    alone = [scores(made, [one])[0] for one in groups]
-    assert scores(made, groups) == pytest.approx(np.array(alone), rel=1e-5)
-
-
 @pytest.mark.parametrize("kept", [0, 10**6, 1 << 40])
 @pytest.mark.parametrize("tokens", [1, 300, 10**6])
 def test_the_whole_batchs_gradient_at_any_budget_kept_or_recomputed(make, monkeypatch, tokens, kept):
-    """Against one pass over all prompts; the ranking loss against pairs in plain Python."""
-    groups, recomputed = labels(20), []
-    monkeypatch.setattr(embed, "KEPT_BYTES", 1 << 40)
-    _, expected = gradients(make(micro_batch_tokens=10**6), groups)
-    again = estimator.RECOMPUTED
-    monkeypatch.setattr(estimator, "RECOMPUTED", lambda *inputs: recomputed.append(len(inputs[1])) or again(*inputs))
-    monkeypatch.setattr(embed, "KEPT_BYTES", kept)
-    made = make(micro_batch_tokens=tokens)
-    with torch.no_grad():
-        s, c = made._heads(made._encode([one.prompt for one in groups]))
-    metrics, found = gradients(made, groups)
+    """Against one pass over all prompts, whose gradient test_text_model.py compares with loops in float64."""
+    monkeypatch.setattr(backends, "MAX_NORM", float("inf"))
+    monkeypatch.setattr(embed, "KEPT_BYTES", {"cpu": 1 << 40})
+    losses, expected = step(make(micro_batch_tokens=10**6))
+    again, recomputed = text_model.RECOMPUTED, []
+    monkeypatch.setattr(text_model, "RECOMPUTED", lambda *inputs: recomputed.append(len(inputs[1])) or again(*inputs))
+    monkeypatch.setattr(embed, "KEPT_BYTES", {"cpu": kept})
+    metrics, found = step(make(micro_batch_tokens=tokens))
+    assert metrics == pytest.approx(losses, rel=1e-4)
     assert len(found) > 50
     scale = max(value.abs().max().item() for value in expected.values())
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-5 * scale, err_msg=name)
-    s = made._belief.narrowed(made._belief.ability) + s
-    slow = slow_total(s.tolist(), c.tolist(), [one.y for one in groups], [one.d for one in groups], made._cfg)
-    names = ("loss", "loss_score", "loss_distill", "loss_rank")
-    assert [metrics[name] for name in names] == pytest.approx(slow, rel=1e-4)
     if kept == 1 << 40:
         assert recomputed == []
     elif kept == 0:
-        assert sum(recomputed) == 20
+        assert sum(recomputed) == COUNT
     elif tokens < 10**6:
-        assert 0 < sum(recomputed) < 20, "as much as fits is kept"
+        assert 0 < sum(recomputed) < COUNT, "as much as fits is kept"
+
+
+# ── Precision ──
 
 
 def test_gradients_of_several_micro_batches_are_summed_in_fp32():
@@ -158,90 +124,6 @@ def test_gradients_of_several_micro_batches_are_summed_in_fp32():
     assert weight.grad.item() == 257.0
 
 
-def test_an_update_of_one_step_runs_the_encoder_once_per_prompt(make, monkeypatch):
-    """What the belief reads and what the step learns from is one pass; a second step needs a second one."""
-    rows, whole = [], embed.embed
-    monkeypatch.setattr(embed, "embed", lambda *inputs: rows.append(len(inputs[1])) or whole(*inputs))
-    make().learn(labels(12))
-    assert sum(rows) == 12
-    rows.clear()
-    make(updates_per_step=2).learn(labels(12))
-    assert sum(rows) == 24
-
-
-def test_the_same_data_gives_the_same_weights(make):
-    one, two = (make(dtype="bf16", replay=8) for _ in range(2))
-    for made in (one, two):
-        made.observe(labels(12))
-        made.observe(labels(16))
-    for a, b in zip(one.backend.model.parameters(), two.backend.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-# ── Precision ──
-
-
-def test_auto_takes_the_clearly_faster_one(folder, monkeypatch):
-    encoder, _ = load_encoder(folder)
-    for fp32, bf16, expected in (
-        (1.0, 0.5, "bf16"),
-        (1.0, 3.0, "fp32"),
-        (1.0, 0.9, "fp32"),
-        (1.0, float("inf"), "fp32"),
-    ):
-        seconds = {"fp32": [9.0, fp32, 9.0], "bf16": [9.0, bf16, 9.0]}  # the fastest of three counts
-        monkeypatch.setattr(embed, "probe_seconds", lambda *inputs, seconds=seconds: seconds[inputs[-1]].pop())
-        assert embed.fastest_dtype(encoder, CPU, 128) == expected
-
-
-def test_the_probe_is_short_and_takes_no_failure_for_speed(folder, monkeypatch):
-    encoder, _ = load_encoder(folder)
-    before = torch.get_rng_state()
-    assert 0 < embed.probe_seconds(encoder, CPU, 128, "bf16") < 1
-    assert torch.equal(torch.get_rng_state(), before)
-    monkeypatch.setattr(embed, "embed", lambda *inputs: torch.full((1, 2), float("nan")))
-    assert embed.probe_seconds(encoder, CPU, 128, "bf16") == float("inf")
-    monkeypatch.setattr(embed, "embed", lambda *inputs: torch.zeros(2) @ torch.zeros(3))
-    assert embed.probe_seconds(encoder, CPU, 128, "bf16") == float("inf")
-    assert embed.fastest_dtype(encoder, CPU, 128) == "fp32", "where nothing works"
-    asked = []
-    monkeypatch.setattr(embed, "probe_seconds", lambda *inputs: asked.append(inputs[-1]) or 1.0)
-    monkeypatch.setattr(embed, "PROBE_SECONDS", -1.0)
-    assert embed.fastest_dtype(encoder, CPU, 128) == "fp32", "a draw"
-    assert asked == ["fp32", "bf16"], "one round where the time is up"
-
-
-def test_the_precision_that_was_chosen_is_kept_over_a_resume(make, monkeypatch):
-    monkeypatch.setattr(embed, "fastest_dtype", lambda *inputs: "bf16")
-    first = make(dtype="auto")
-    first.observe(labels(8))
-    monkeypatch.setattr(embed, "fastest_dtype", lambda *inputs: "fp32")
-    resumed, exact = make(dtype="auto"), make(dtype="fp32")
-    fresh = scores(resumed, labels(6))
-    assert (fresh == scores(exact, labels(6))).all()
-    for made in (resumed, exact):
-        made.load_state_dict(first.state_dict())
-    assert (scores(resumed, labels(6)) == scores(first, labels(6))).all()
-    assert resumed.state_dict()["dtype"] == "bf16"
-    assert exact.state_dict()["dtype"] == "fp32", "what a launch asks for wins"
-    state = first.state_dict()
-    del state["dtype"]
-    with pytest.raises(CheckpointError, match="dtype"):
-        resumed.load_state_dict(state)
-
-
-def test_bf16_computes_the_encoder_in_bf16_and_the_rest_in_fp32(make):
-    made, exact, groups = make(dtype="bf16"), make(), labels(6)
-    seen = {}
-    layer = made._encoder.encoder.layer[0]
-    layer.intermediate.dense.register_forward_hook(lambda module, given, out: seen.update(linear=out.dtype))
-    made._heads.trunk[0].register_forward_hook(lambda module, given, out: seen.update(heads=out.dtype))
-    found, expected = scores(made, groups), scores(exact, groups)
-    assert seen == {"linear": torch.bfloat16, "heads": torch.float32}
-    assert found == pytest.approx(expected, rel=0.02)
-    assert (found != expected).any()
-
-
 def test_attention_is_in_fp32_under_autocast():
     q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)
@@ -250,3 +132,59 @@ def test_attention_is_in_fp32_under_autocast():
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
+
+
+def test_bf16_computes_the_encoder_in_bf16_and_the_rest_in_fp32(either):
+    made, exact, seen = either(dtype="bf16"), either(), {}
+    heads, layer = getattr(made.model, "heads", made.model), made._encoder.encoder.layer[0]
+    layer.intermediate.dense.register_forward_hook(lambda module, given, out: seen.update(encoder=out.dtype))
+    heads.trunk[0].register_forward_hook(lambda module, given, out: seen.update(heads=out.dtype))
+    for number in range(3):
+        step(made, number)
+        step(exact, number)
+    assert seen == {"encoder": torch.bfloat16, "heads": torch.float32}
+    state = made.state_dict()
+    values = [*state["model"].values(), *(x for fields in state["optimizer"].values() for x in fields.values())]
+    assert {value.dtype for value in values if value.is_floating_point()} == {torch.float32}
+    found, expected = (one.logits(read(one)) for one in (made, exact))
+    assert found == pytest.approx(expected, abs=0.1)
+    assert (found != expected).any()
+
+
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "expected"), [(1.0, 0.5, "bf16"), (1, 3, "fp32"), (1, 0.9, "fp32"), (1, float("inf"), "fp32")]
+)
+def test_auto_takes_the_clearly_faster_one(folder, monkeypatch, fp32, bf16, expected):
+    seconds = {"fp32": [9.0, fp32, 9.0], "bf16": [9.0, bf16, 9.0]}  # the fastest of three counts
+    monkeypatch.setattr(embed, "probe_seconds", lambda *inputs: seconds[inputs[-1]].pop())
+    assert embed.fastest_dtype(load_encoder(folder)[0], CPU, 128) == expected
+
+
+def test_the_probe_is_short_and_takes_no_failure_for_speed(folder, monkeypatch):
+    encoder, _ = load_encoder(folder)
+    assert 0 < embed.probe_seconds(encoder, CPU, 128, "bf16") < 1
+    for failure in (lambda *inputs: torch.full((1, 2), float("nan")), lambda *inputs: torch.zeros(2) @ torch.zeros(3)):
+        monkeypatch.setattr(embed, "embed", failure)
+        assert embed.probe_seconds(encoder, CPU, 128, "bf16") == float("inf")
+    assert embed.fastest_dtype(encoder, CPU, 128) == "fp32", "if nothing works"
+    asked = []
+    monkeypatch.setattr(embed, "probe_seconds", lambda *inputs: asked.append(inputs[-1]) or 1.0)
+    monkeypatch.setattr(embed, "PROBE_SECONDS", -1.0)
+    assert embed.fastest_dtype(encoder, CPU, 128) == "fp32", "a draw"
+    assert asked == ["fp32", "bf16"], "one round if the time is up"
+
+
+def test_the_precision_that_was_chosen_is_kept_over_a_resume(either, monkeypatch, tmp_path):
+    """All three share a cache folder: fp32 reads no row of bf16, and the resumed one reads those of bf16."""
+    monkeypatch.setattr(embed, "fastest_dtype", lambda *inputs: "bf16")
+    first = either(dtype="auto", cache_dir=tmp_path)
+    bf16 = read(first)
+    monkeypatch.setattr(embed, "fastest_dtype", lambda *inputs: "fp32")
+    resumed, exact = either(dtype="auto", cache_dir=tmp_path), either(cache_dir=tmp_path)
+    fp32 = read(resumed)
+    assert torch.equal(read(exact), fp32)
+    assert not torch.equal(fp32, bf16)
+    for made, rows, dtype in ((resumed, bf16, "bf16"), (exact, fp32, "fp32")):  # what a launch asks for wins
+        made.load_state_dict(first.state_dict())
+        assert torch.equal(read(made), rows)
+        assert made.state_dict()["dtype"] == dtype
