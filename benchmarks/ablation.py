@@ -1,7 +1,7 @@
 """What does each part of the estimator add? `python -m benchmarks.ablation [--seeds N] [--pools P,P] --json FILE`
 
-Replays (see benchmarks/replay) of the recommended settings with one change at a time: the change, and what it does to
-the share of ideal's gain in effective ratio over grpo, to the errors, and to the estimator's time.
+Replays (see benchmarks/replay) the recommended settings with one change at a time. Each row shows how the change
+affects the gain in effective ratio over grpo (as a share of ideal's gain), the errors, and the estimator's time.
 """
 
 import argparse
@@ -62,7 +62,7 @@ COLUMNS = ("gain", "coverage", "mae", "zero_auc", "ece", "seconds")
 
 
 def work(job: Job, changes: dict[str, dict]) -> list[dict]:
-    """Return one row per change, on one pool and seed."""
+    """Return one row per change, for one pool and seed."""
     import torch
 
     torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def work(job: Job, changes: dict[str, dict]) -> list[dict]:
 
 
 def main() -> None:
-    """Run all, print the table of means, write the rows."""
+    """Run all jobs, print the table of means, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--pools", default="mixed,hard,drift,fresh")
@@ -105,7 +105,7 @@ def main() -> None:
     seeded = itertools.product(pools, range(args.seeds))
     jobs = [Job(pool, GROUP_SIZE, seed, (), {}, cache, args.quick) for pool, seed in seeded]
     for job in {job.pool: job for job in jobs}.values():
-        job.build()  # so that the workers find texts and embeddings
+        job.build()  # caches texts and embeddings for the workers
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
         rows = list(itertools.chain.from_iterable(workers.map(work, jobs, itertools.repeat(changes))))
     print(

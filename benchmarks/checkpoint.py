@@ -1,7 +1,7 @@
-"""What does a checkpoint of the estimator cost? `python -m benchmarks.checkpoint [--json FILE]`
+"""How long does a checkpoint of the estimator take? `python -m benchmarks.checkpoint [--json FILE]`
 
-The real actor, on a Ray of its own, with the bundled encoder, frozen and trained, after one update and with so many
-prompts in its history. Training is blocked for the whole call: OpenRLHF's own save of that tag comes after it.
+Runs the real actor on its own Ray with the bundled encoder, frozen and trained, after one update and with PROMPTS
+prompts in its history. Training is blocked for the whole call, because OpenRLHF's own save of that tag comes after it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ MODES, PROMPTS = ("frozen", "finetune"), (1_000, 1_000_000)
 
 
 def fill(host, count: int) -> float:
-    """Give the actor's estimator a history of `count` prompts; return the seconds that its state takes to copy."""
+    """Give the actor's estimator a history of `count` prompts. Return how many seconds it takes to copy its state."""
     rng = np.random.default_rng(0)
     state = host.estimator.state_dict()
     history = {name: rng.random((count, *shape), np.float32).astype(dtype) for name, (dtype, shape) in FIELDS.items()}
@@ -41,14 +41,13 @@ def fill(host, count: int) -> float:
 
 
 def measure(mode: str, root: Path) -> list[dict]:
-    """Return a row of figures for each number of prompts."""
+    """Return one row of figures for each number of prompts."""
     args = SimpleNamespace(train=SimpleNamespace(seed=0))
     args.depo = config.to_namespace(config.load_config(None, {"estimator.mode": mode, "estimator.dtype": "fp32"}))
     actor = remote_actor.create(args, GROUP, str(root))
     handle = remote_handle.connect(600.0)
-    handle.wait(
-        handle.observe([Label(f"{i} + {i} =", str(2 * i), i % 9 / 8, 0.5, 8, i % 8 > 0) for i in range(32)]), 600
-    )
+    handle.judge([Label(f"{i} + {i} =", str(2 * i), i % 9 / 8, 0.5, 8, i % 8 > 0) for i in range(32)])
+    handle.learn()
     rows = []
     for count in PROMPTS:
         copying = ray.get(actor.__ray_call__.remote(fill, count))
@@ -72,7 +71,7 @@ def measure(mode: str, root: Path) -> list[dict]:
 
 
 def main() -> None:
-    """Print a row for each mode and history; write them."""
+    """Print one row for each mode and number of prompts, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""What does the embedding cache cost over a large pool? `python -m benchmarks.embeddings [--rows N] [--json FILE]`
+"""How fast is the embedding cache on a large pool? `python -m benchmarks.embeddings [--rows N] [--json FILE]`
 
-The real EmbeddingCache with rows of the bundled encoder's width and random keys. Reading: 512 known rows; writing: 512
-new ones, whose embeddings cost nothing here. A kill: a process that writes without pause gets kill -9, 20 times. Two:
-both processes read and write at once.
+Runs the real EmbeddingCache with rows of the bundled encoder's width and scattered keys. A read gets 512 known rows. A
+write gets 512 new rows; computing their embeddings takes no time here. "two_" figures: two processes read and write at
+once. "kills": a process that writes without pause gets kill -9, 20 times.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from depo_plugin.estimator.embedding_cache import FILE, EmbeddingCache
 
 WIDTH, BATCH, REPEATS, KILLS, CHUNK = 384, 512, 100, 20, 20_000
 READ_MS, WRITE_MS = 10.0, 100.0  # goals, for BATCH rows
-MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that key number i, i * MIX mod 2**64, is no other's
+MIX = np.uint64(0x9E3779B97F4A7C15)  # odd, so that the keys i * MIX mod 2**64 are all different
 
 
 def keys(numbers: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def keys(numbers: np.ndarray) -> np.ndarray:
 
 
 def rows(keys_B: np.ndarray) -> np.ndarray:
-    """Return the row of each key, fp16 (B, WIDTH): made of the key, so that a wrong one is found out."""
+    """Return the row of each key, fp16 (B, WIDTH). It is computed from the key, so that a wrong row is detected."""
     bits_BE = (keys_B[:, None] >> np.arange(WIDTH, dtype=np.uint64) % 50).astype(np.uint16)
     return (bits_BE & np.uint16(0x3FFF)).view(np.float16)
 
@@ -40,7 +40,7 @@ def own_mib() -> float:
 
 
 def get(cache: EmbeddingCache, keys_B: np.ndarray, known: bool) -> tuple[float, float]:
-    """Return the seconds of one get() by the clock and of the processor; its rows are checked."""
+    """Return wall-clock and processor seconds of one get(). Raise AssertionError if a row is wrong."""
     made = rows(keys_B)
     start, start_cpu = time.perf_counter(), time.process_time()
     found = cache.get(keys_B, None if known else lambda missing: made[missing])
@@ -50,7 +50,7 @@ def get(cache: EmbeddingCache, keys_B: np.ndarray, known: bool) -> tuple[float, 
 
 
 def timed(folder: Path, count: int, start: int, barrier=None) -> dict[str, list[tuple]]:
-    """Return the seconds of REPEATS reads of the first `count` keys and of REPEATS writes of those from start on."""
+    """Return the seconds of REPEATS reads among the first `count` keys, and of REPEATS writes from key `start` on."""
     cache, rng = EmbeddingCache(folder, WIDTH), np.random.default_rng(start)
     if barrier:
         barrier.wait()
@@ -63,7 +63,7 @@ def timed(folder: Path, count: int, start: int, barrier=None) -> dict[str, list[
 
 
 def figures(seconds: dict[str, list[tuple]]) -> dict[str, float]:
-    """Return median, 95th percentile and maximum of each, in ms; *_cpu: what the processor worked of it."""
+    """Return median, 95th percentile and maximum of reads and writes, in ms; *_cpu: processor time."""
     named = zip(("median", "p95", "max"), (50, 95, 100), strict=True)
     found = {name: {verb: 1e3 * np.percentile(seconds[verb], at, axis=0) for verb in seconds} for name, at in named}
     return {
@@ -79,7 +79,7 @@ def _timed_to(pipe, *args) -> None:
 
 
 def two_at_once(folder: Path, count: int, start: int) -> dict[str, float]:
-    """Return the figures of two processes together."""
+    """Return the figures of two processes that read and write at once."""
     context = multiprocessing.get_context("spawn")
     barrier, both = context.Barrier(2), {"read": [], "write": []}
     pipes = [context.Pipe() for _ in range(2)]
@@ -101,7 +101,7 @@ def write_forever(folder: Path, start: int, ready) -> None:
 
 
 def kills(folder: Path, start: int) -> dict[str, int]:
-    """Kill a writer KILLS times; return how many rows it stored. Raises if one is wrong or SQLite finds a fault."""
+    """Kill a writer KILLS times. Return how many rows it stored. Raise AssertionError if data is damaged."""
     context = multiprocessing.get_context("spawn")
     for number in range(KILLS):
         ready = context.Event()
@@ -116,7 +116,7 @@ def kills(folder: Path, start: int) -> dict[str, int]:
     stored = 0
     for key, row in db.execute("SELECT key, row FROM rows"):
         stored += 1
-        if stored % 10 == 0 or stored > start:  # all new ones
+        if stored % 10 == 0 or stored > start:  # every new row, and a tenth of the others
             key_B = np.array([key], np.int64).view(np.uint64)
             assert row == rows(key_B).tobytes(), f"key {key} has a wrong row"
     assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -124,7 +124,7 @@ def kills(folder: Path, start: int) -> dict[str, int]:
 
 
 def main() -> None:
-    """Print the figures; write them."""
+    """Print and write the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.embeddings", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--json", type=Path)

@@ -1,12 +1,12 @@
-"""What does the estimator cost? `python -m benchmarks.estimator [--json FILE] [--quick]`
+"""How much time and memory does the estimator use? `python -m benchmarks.estimator [--json FILE] [--quick]`
 
-Beside the textbook loop in the same run: scoring in batches of 16 in order of arrival; updating in micro-batches of 8,
-each computed once for the ranking term over the whole batch and once more for its gradient. The loop runs in fp32 and
-in bf16 and the faster counts; the slower is timed on 64 prompts only.
+Compares it with a textbook loop in the same run. The loop scores in batches of 16 in order of arrival. It updates in
+micro-batches of 8, each computed once for the ranking term over the whole batch and once more for its gradient. It is
+timed in fp32 and bf16 on 64 prompts; the faster one is then timed on all prompts, and counts.
 
-finetune: prompts of 20 to 500 tokens, the bundled encoder; on a GPU, where there is one, also a random encoder of 110M
-parameters with prompts of 512 tokens. frozen: pools of which every embedding is cached and every other prompt has a
-history. Memory is the peak above what was held before.
+finetune: prompts of 20 to 500 tokens and the bundled encoder; on a GPU also prompts of 512 tokens and a random encoder
+of 110M parameters. frozen: pools in which every embedding is cached and every second prompt has a history.
+Memory is the peak minus the memory that was in use before.
 """
 
 import argparse
@@ -36,8 +36,8 @@ SCORED, UPDATED, FEW = 512, 128, 64
 SCORE_BATCH, UPDATE_BATCH = 16, 8  # the textbook loop's
 SHORTEST, LONGEST = 20, 500  # tokens
 POOLS = (1_000, 100_000, 1_000_000)
-STEPS = 9  # of a frozen pool; medians
-CHUNK = 50_000  # prompts of a pool that are put into the cache at once
+STEPS = 9  # timed steps on a frozen pool; the medians are reported
+CHUNK = 50_000  # prompts of a pool that are put into the cache in one call
 ANSWER = "x"
 WORDS = (
     "the a number of find such that if and then sum circle how many points let be real positive probability value "
@@ -45,7 +45,7 @@ WORDS = (
     "station at speed hour cost apples sold total remaining"
 ).split()
 VERBS = ("score", "update")
-GOALS = {"bf16": {"score": 2.5, "update": 3.0}, "fp32": {"score": 1.8, "update": 2.0}}  # by our faster precision
+GOALS = {"bf16": {"score": 2.5, "update": 3.0}, "fp32": {"score": 1.8, "update": 2.0}}  # by our precision
 GOAL_FROZEN, GOAL_FLAT = 50.0, 1.25
 
 
@@ -53,7 +53,7 @@ GOAL_FROZEN, GOAL_FLAT = 50.0, 1.25
 
 
 def mixed_prompts(count: int) -> list[str]:
-    """Return prompts with lengths spread evenly from SHORTEST to LONGEST tokens; each word is one."""
+    """Return prompts with lengths spread evenly from SHORTEST to LONGEST tokens; each word is one token."""
     rng = np.random.default_rng(0)
     return [" ".join(rng.choice(WORDS, rng.integers(SHORTEST - 2, LONGEST - 1))) for _ in range(count)]
 
@@ -65,7 +65,7 @@ def long_prompts(count: int) -> list[str]:
 
 
 def labels_of(prompts: list[str]) -> list[Label]:
-    """Return groups with every pass rate there is, in turn."""
+    """Return one label per prompt, with each possible pass rate in turn."""
     rates = [i % (GROUP + 1) / GROUP for i in range(len(prompts))]
     return [Label(x, ANSWER, y, 0.5, GROUP, 0 < y < 1) for x, y in zip(prompts, rates, strict=True)]
 
@@ -80,7 +80,7 @@ def resident(field: str) -> float:
 
 
 class Clock:
-    """with Clock(device) as clock: ... -> clock.ms and clock.mib, the peak memory above what was held before."""
+    """with Clock(device) as clock: ... -> clock.ms, and clock.mib: peak memory minus the memory in use before."""
 
     def __init__(self, device: torch.device):
         self._gpu = device.type == "cuda"
@@ -92,9 +92,9 @@ class Clock:
             self._before = torch.cuda.memory_allocated() / 2**20
         else:
             gc.collect()
-            with contextlib.suppress(OSError, AttributeError):  # memory that was freed is to be the system's again
+            with contextlib.suppress(OSError, AttributeError):  # give freed memory back to the system
                 ctypes.CDLL(None).malloc_trim(0)
-            with contextlib.suppress(OSError):  # then it is the process's peak so far
+            with contextlib.suppress(OSError):  # if this fails, VmHWM is the peak since the start
                 Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
             self._before = resident("VmRSS")
         self._start = time.perf_counter()
@@ -111,7 +111,7 @@ class Clock:
 
 
 class Textbook:
-    """The estimator's model, asked and trained by the plain loop."""
+    """The estimator's model, scored and trained by the textbook loop."""
 
     def __init__(self, model: str | None, device: torch.device, dtype: str):
         torch.manual_seed(0)
@@ -151,24 +151,24 @@ class Textbook:
 
 
 class Ours:
-    """The estimator, called in the same way; one update a step, no replay."""
+    """The estimator, called in the same way: one update per step, no replay."""
 
     def __init__(self, device: torch.device, cache: Path | None = None, **settings):
         given = {"updates_per_step": 1, "replay": 0} | settings
         cfg = load_config(None, {f"estimator.{name}": value for name, value in given.items()})
         self.made, self.device = DifficultyEstimator(cfg, GROUP, 0, cache_dir=cache), device
         self.dtype = self.made.state_dict()["dtype"]
-        if device.type == "cuda":  # where it has no DeepSpeed engine, the estimator itself stays on the CPU
+        if device.type == "cuda":  # without a DeepSpeed engine the estimator stays on the CPU
             self.made._encoder.to(device)
             self.made.backend.model.to(device)
             self.made.backend.device, self.made._micro_batch_tokens = device, MICRO_BATCH_TOKENS["cuda"]
 
     def score(self, prompts: list[str]) -> None:
-        """Score them."""
+        """Score the prompts."""
         self.made.score(prompts, [ANSWER] * len(prompts))
 
     def update(self, labels: list[Label]) -> None:
-        """Judge and learn from them; their decisions are on record."""
+        """Record decisions for these labels, then judge and learn from them."""
         decision = {"p": 0.5, "v": 0.9, "q": 1.0, "keep": True, "reason": Reason.PASSED, "share": 1.0}
         keys = [prompt_key(one.prompt, one.label) for one in labels]
         self.made.record([decision | {"key": key, "datasource": "x"} for key in keys])
@@ -176,7 +176,7 @@ class Ours:
 
 
 def timed(who, verb: str, given: list) -> tuple[int, float, float]:
-    """Return how many were given, ms, and peak MiB; the first few once before."""
+    """Return the number of inputs, ms and peak MiB of one call, after a call with two inputs to warm up."""
     getattr(who, verb)(given[:2])
     with Clock(who.device) as clock:
         getattr(who, verb)(given)
@@ -184,7 +184,7 @@ def timed(who, verb: str, given: list) -> tuple[int, float, float]:
 
 
 def row(name: str, who, verb: str, count: int, ms: float, mib: float) -> dict:
-    """Return one row, printed as well."""
+    """Return one row of figures, and print it."""
     per_s = 1e3 * count / ms
     print(f"| {name} | {who.device.type} {who.dtype} | {verb} | {count} | {per_s:.3g} | {ms:.0f} | {mib:.0f} |")
     fields = {"name": name, "device": who.device.type, "dtype": who.dtype, "verb": verb}
@@ -195,9 +195,9 @@ def row(name: str, who, verb: str, count: int, ms: float, mib: float) -> dict:
 
 
 def finetune(device: torch.device, given: dict[str, list], model: str | None = None) -> list[dict]:
-    """Return rows of the textbook loop and of ours; given: verb -> what it is given; model: None for the bundled one.
+    """Return rows of the textbook loop and of ours. given: verb -> its inputs; model: None for the bundled one.
 
-    Compared are the last rows of each name: the loop in its faster precision, ours in the one it chooses.
+    The last rows of each name are compared: the loop in its faster precision, ours in the precision that it chooses.
     """
     size, rows = "" if model is None else ", 110M", []
     for verb in VERBS:
@@ -216,7 +216,7 @@ def finetune(device: torch.device, given: dict[str, list], model: str | None = N
 
 
 def random_encoder(folder: Path) -> str:
-    """Write an encoder of 110M parameters (BERT base) with random weights and the bundled one's tokenizer."""
+    """Write a random encoder of 110M parameters (BERT base) with the bundled tokenizer, and return its path."""
     from transformers import BertConfig, BertModel
 
     _, tokenizer = load_encoder(None)
@@ -230,7 +230,7 @@ def random_encoder(folder: Path) -> str:
 
 
 def pool_prompts(count: int) -> list[str]:
-    """Return different prompts of 100 to 2,000 characters."""
+    """Return `count` different prompts of 100 to 2,000 characters."""
     text = " ".join(np.resize(WORDS, 500))
     return [f"{i}: {text[: 100 + i * 7919 % 1900]}" for i in range(count)]
 
@@ -263,7 +263,7 @@ def frozen(device: torch.device, size: int, steps: int) -> list[dict]:
 
 
 def goals(rows: list[dict]) -> list[dict]:
-    """Return each goal with what was found."""
+    """Return each goal with the measured figure and whether it is met."""
     per_s = {(one["device"], one["name"], one["verb"], one["dtype"]): one["per_s"] for one in rows}
     faster = {(one["device"], one["name"], one["verb"]): one for one in rows}
     found = []
@@ -288,7 +288,7 @@ def goals(rows: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    """Print the rows as they come, then the goals; write both."""
+    """Print each row when it is measured, then the goals, and write both."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimator", description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="torch's (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="an eighth of the prompts, no pool of a million")

@@ -1,8 +1,8 @@
-"""Which layer of the frozen encoder tells most of difficulty? `python -m benchmarks.layers [--seeds N] [--json FILE]`
+"""Which layer of the frozen encoder predicts difficulty best? `python -m benchmarks.layers [--seeds N] [--json FILE]`
 
-A ridge regression on each layer's mean-pooled embeddings of unit length is told noisy logits of some prompts and
-predicts what the text says of others: the families of the replay's pools, and families that are in none of them.
-Printed is the R² of the text's part, means over worlds, with the penalty that is best in hindsight.
+For each layer, a ridge regression on mean-pooled unit embeddings learns from noisy logits of some prompts, and
+predicts the text's part of the logit of other prompts. Prompts are from the families of the replay's pools, and from
+other families. Prints the mean R² over worlds, for the penalty with the best R² on the tested prompts.
 """
 
 import argparse
@@ -22,18 +22,18 @@ OTHERS = tuple(
 SETS = {"the pools' families": texts.FAMILIES, "other families": OTHERS}
 PROMPTS, TESTED = 3000, 1000
 TOLD = (320, 640, 1280, 2000)
-SPREAD, NOISE = 2.0, 2.0  # of the text's part and of what it does not tell
+SPREAD, NOISE = 2.0, 2.0  # standard deviations of the text's part of a logit, and of the rest
 PENALTIES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def r_squared(x_NE: np.ndarray, text_N: np.ndarray, logit_N: np.ndarray, told: int) -> float:
-    """Return R² of text_N on the last TESTED prompts, told logit_N of the first ones."""
+    """Return R² of predicting text_N on the last TESTED prompts, after learning logit_N of the first `told` ones."""
     found = texts.ridge_predictions(x_NE[:told], logit_N[:told], x_NE[-TESTED:], PENALTIES)
     return float(max(1 - np.mean((out - text_N[-TESTED:]) ** 2) / text_N[-TESTED:].var() for out in found))
 
 
 def main() -> None:
-    """Print a table for each set of families; write the rows."""
+    """Print a table for each set of families, and write the rows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="worlds (%(default)s)")
     parser.add_argument("--json", type=Path)

@@ -1,8 +1,8 @@
-"""What does the loader itself cost over a large pool? `python -m benchmarks.loader [--pool 1000000] [--json FILE]`
+"""How much time and memory does the loader use on a large pool? `python -m benchmarks.loader [--pool N] [--json FILE]`
 
-The real DifficultyFilteredLoader over a pool of prompts and a stub scorer that answers at once. Its own time per
-candidate is the time of one pass without what the stub and the data set took; memory is the process's, by tenths of
-the pass.
+Runs the real DifficultyFilteredLoader with a stub scorer that answers at once, until it has scanned the pool once.
+The loader's own time per candidate is the time of that pass minus the time of the stub and the data set. Memory is
+that of the process, after each tenth of the pass.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from types import SimpleNamespace
 import numpy as np
 
 from depo_plugin.loader import DifficultyFilteredLoader
-from depo_plugin.messages import Scores
+from depo_plugin.messages import Record, Scores
 from depo_plugin.settings.config import FilterConfig
 
 GOAL_US = 50.0
-GOAL_GROWTH = 1.05  # memory at the end of the pass against that after its first tenth
+GOAL_GROWTH = 1.05  # memory at the end of the pass / memory after its first tenth
 
 
 class Pool:
-    """`count` prompts, made when asked for; counts the seconds that takes."""
+    """A data set of `count` prompts. It makes each prompt on demand and adds up the seconds."""
 
     def __init__(self, count: int):
         self.count, self.seconds = count, 0.0
@@ -39,7 +39,7 @@ class Pool:
 
 
 class Scorer:
-    """Answers at once with the same spread of beliefs, whatever it is asked: about half are kept."""
+    """A stub scorer that answers at once. Its beliefs always have the same spread: about half are kept."""
 
     def __init__(self):
         self.seconds, self.candidates, self.scanned = 0.0, 0, 0
@@ -53,22 +53,24 @@ class Scorer:
         self.seconds += time.perf_counter() - start
         return SimpleNamespace(result=lambda: scores)
 
-    def record(self, records: list[dict]) -> None:
+    def record(self, records: list[Record]) -> None:
         self.scanned += len(records)
 
 
 def measure(count: int, batch: int, group_size: int) -> dict:
-    """Walk one pass of the pool; return its figures."""
+    """Draw prompts until one pass of the pool is scanned; return the figures."""
     pool, scorer = Pool(count), Scorer()
     inner = SimpleNamespace(dataset=pool, collate_fn=lambda items: items)
     options = {"batch_size": batch, "group_size": group_size, "seed": 0, "num_episodes": 1}
-    loader = DifficultyFilteredLoader(inner, scorer, FilterConfig(budget="data", max_scan=8), **options)
+    loader = DifficultyFilteredLoader(inner, scorer, FilterConfig(), **options)
     memory, tenth, drawn = [], count / 10, 0
     start = time.perf_counter()
     for _ in iter(loader):
         drawn += 1
         if scorer.scanned >= tenth * (len(memory) + 1):
             memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20)
+        if scorer.scanned >= count:
+            break
     own = time.perf_counter() - start - pool.seconds - scorer.seconds
     return {
         "pool": count,
@@ -82,7 +84,7 @@ def measure(count: int, batch: int, group_size: int) -> dict:
 
 
 def main() -> None:
-    """Print figures and goals; write them."""
+    """Print figures and goals, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pool", type=int, default=1_000_000)
     parser.add_argument("--batch", type=int, default=128)

@@ -1,10 +1,10 @@
-"""Does training survive its estimator? `python -m benchmarks.soak [--steps 200] [--kill-every 20] [--json FILE]`
+"""Does training go on if the estimator dies? `python -m benchmarks.soak [--steps 200] [--kill-every 20] [--json FILE]`
 
-The real stack (Ray, DeepSpeed, vLLM, OpenRLHF) in async mode with the quickstart's tiny model and a checkpoint every
-ten steps. In every `--kill-every` steps the estimator's process gets a SIGKILL at a random moment. Afterwards every
-batch is accounted for: the prompts that vLLM was asked for (the reward log), what was trained (OpenRLHF's step log),
-and the loader's position (OpenRLHF's checkpoints) must tell one story, in which nothing is lost or done twice. Exits
-with 1 where they do not. Logs and checkpoints stay in runs/soak.
+Runs the real stack (Ray, DeepSpeed, vLLM, OpenRLHF) in async mode, with the quickstart's tiny model and a checkpoint
+every ten steps. Once in every `--kill-every` steps, the estimator's process gets a SIGKILL at a random moment.
+Afterwards the prompts that vLLM got (the reward log), the trained groups (OpenRLHF's step log) and the loader's
+position (OpenRLHF's checkpoints) must agree: no batch is lost and none is used twice. Exits with 1 if they do not.
+Logs and checkpoints stay in runs/soak.
 """
 
 import argparse
@@ -39,14 +39,14 @@ import summary  # noqa: E402
 SEED = 42
 SAVE_STEPS = 10
 ACTOR = "ray::EstimatorActor"  # the title that Ray gives its process; a method's name follows while it runs
-NEAR = 5  # steps before a kill and after the estimator is back that are looked at
+NEAR = 5  # steps that are compared: before a kill, and after the estimator answers again
 
 
-# ── Every prompt has its place on the stream ──
+# ── The position of each prompt on the stream ──
 
 
 class PromptStream:
-    """The prompts in the loader's order: the pool in a new permutation each pass, without end."""
+    """The endless sequence of prompts in the loader's order: each pass is a new permutation of the pool."""
 
     def __init__(self, pool: list[str], seed: int):
         self._pool, self._seed, self._passes = pool, seed, {}
@@ -60,10 +60,10 @@ class PromptStream:
 
 
 def batches_of(prompts: list[str], batch_size: int, group_size: int) -> list[Counter]:
-    """Cut a reward log's prompts into batches of whole groups: prompt -> how many groups of it.
+    """Return the batches of a reward log, each as prompt -> number of its groups.
 
-    A batch is generated to its end before the next one begins, so its responses lie together in the log. ValueError
-    where a prompt was not asked for in whole groups, or the last batch is not full.
+    A batch is finished before the next one begins, so its responses lie together in the log. Raise ValueError if a
+    prompt has an incomplete group, or if the last batch is not full.
     """
     batches, size = [], batch_size * group_size
     for start in range(0, len(prompts), size):
@@ -81,9 +81,9 @@ def places(
 ) -> list[tuple[int, int]]:
     """Return each batch's first and last + 1 position on the stream, from `start` on.
 
-    Every prompt is given a position of its own, behind all those of the batches before. A batch ends with its last
-    prompt, or, filled up for want of better ones, `most` candidates after its start. known: batch number (from 1) ->
-    where it ends. ValueError where none of it fits: a prompt was drawn twice, or not in its turn.
+    Each prompt gets its own position, after all positions of earlier batches. A batch ends with its last prompt, or
+    `most` candidates after its start if it was filled up with rejected prompts. known: batch number (from 1) -> its
+    end. Raise ValueError if no positions fit: a prompt was drawn twice, or in the wrong order.
     """
     starts, steps = {start}, []
     for number, batch in enumerate(batches, start=1):
@@ -107,7 +107,7 @@ def places(
 
 
 def _last(stream: PromptStream, batch: Counter, position: int, stop: int) -> int | None:
-    """Return the last position of the batch's prompts, each at its first from `position` on; None if not by `stop`."""
+    """Return the last position if each prompt takes its first one from `position` on; None if that is after `stop`."""
     wanted = Counter(batch)
     for at in range(position, stop):
         wanted.subtract([stream[at]] if wanted[stream[at]] else [])
@@ -121,7 +121,7 @@ def _last(stream: PromptStream, batch: Counter, position: int, stop: int) -> int
 
 @dataclass
 class Kill:
-    """One death of the estimator. step: the last one that was trained; doing: what its process was at."""
+    """One kill of the estimator. step: the last trained step; doing: the method that its process ran."""
 
     step: int
     pid: int
@@ -130,23 +130,23 @@ class Kill:
 
 @dataclass
 class Killer:
-    """Ends the estimator's process at a random moment in every `every` steps."""
+    """Kills the estimator's process at a random moment, once in every `every` steps."""
 
-    mark: str
-    steps: int
-    every: int
-    kills: list[Kill] = field(default_factory=list)
+    mark: str  # of the run's processes (see cpu_ray.MARK)
+    steps: int  # of the whole run
+    every: int  # steps per kill
+    kills: list[Kill] = field(default_factory=list)  # the kills so far
 
     def __post_init__(self):
         rng = np.random.default_rng(SEED)
         blocks = range(0, self.steps - self.every + 1, self.every)
-        # After a block's second step, so that one step has been timed, and before its last: something is to come.
+        # After a block's second step, so that one step has been timed, and before its last, so that more steps follow.
         self._due = {int(start + rng.integers(2, self.every)): float(rng.uniform()) for start in blocks}
         self.planned = len(self._due)
         self._timers, self._step = [], 0
 
     def after(self, step: int, seconds: float):
-        """Take note of a step that took so long; where one is due, kill within as long from now."""
+        """Record a trained step and its duration. If a kill is due, kill within the same duration from now."""
         self._step = step
         if (share := self._due.pop(step, None)) is not None:
             self._timers.append(threading.Timer(share * seconds, self._kill))
@@ -154,7 +154,7 @@ class Killer:
 
     def _kill(self):
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:  # it may just be coming back
+        while time.monotonic() < deadline:  # the process may be restarting
             for pid, method in estimators(self.mark):
                 os.kill(pid, signal.SIGKILL)
                 self.kills.append(Kill(self._step, pid, method or "waiting"))
@@ -162,7 +162,7 @@ class Killer:
             time.sleep(0.1)
 
     def wait(self):
-        """Wait for kills that are under way."""
+        """Wait until all started kills are done."""
         for timer in self._timers:
             timer.join()
 
@@ -170,8 +170,8 @@ class Killer:
 def run_processes(mark: str) -> list[int]:
     """Return the ids of all the run's processes.
 
-    One that gives itself a title may overwrite the mark in its environment, so what shares a session with a marked
-    process counts, too.
+    A process that sets its title may overwrite the mark in its environment. So every process that shares a session
+    with a marked one counts, too.
     """
     sessions = set()
     for pid in cpu_ray.own_processes(mark, -1):
@@ -181,7 +181,7 @@ def run_processes(mark: str) -> list[int]:
 
 
 def estimators(mark: str) -> list[tuple[int, str]]:
-    """Return the id of the process of the run's estimator and the method it is in, "" where it waits."""
+    """Return the id of each estimator process of the run, and the method that it runs ("" if it waits)."""
     found = []
     for pid in run_processes(mark):
         with contextlib.suppress(OSError):
@@ -192,7 +192,7 @@ def estimators(mark: str) -> list[tuple[int, str]]:
 
 
 def launch(out: Path, steps: int, every: int) -> tuple[int, Killer]:
-    """Run the launch, killing as it goes; return its exit status and the killer."""
+    """Run the launch and kill estimators meanwhile. Return its exit status and the killer."""
     args = quickstart.parse_args(["--steps", str(steps), "--seed", str(SEED), "--out", str(out)])
     preset = quickstart.PRESETS["tiny"]
     episodes = max(1, round(steps / quickstart.STEPS_PER_EPISODE))
@@ -218,7 +218,7 @@ def launch(out: Path, steps: int, every: int) -> tuple[int, Killer]:
     return status, killer
 
 
-# ── The account ──
+# ── The checks ──
 
 
 def loader_states(root: Path) -> dict[int, dict]:
@@ -231,7 +231,7 @@ def loader_states(root: Path) -> dict[int, dict]:
 
 
 def account(out: Path, steps: int, status: int, killer: Killer) -> tuple[dict, list[tuple[str, bool]]]:
-    """Return the figures of a finished run and the checks, each with its outcome."""
+    """Return the figures of a finished run, and each check with its outcome."""
     preset, cfg = quickstart.PRESETS["tiny"], config.FilterConfig()
     size, group = preset.batch_size, preset.group_size
     rows = summary.read_rows(out / "steps.jsonl")
@@ -306,7 +306,7 @@ def account(out: Path, steps: int, status: int, killer: Killer) -> tuple[dict, l
 
 
 def answers_again(log: Path) -> list[int]:
-    """Return the steps that were trained each time the loader's process found that the estimator answers again."""
+    """Return the number of trained steps at each time when the estimator answered the loader's process again."""
     found, step = [], 0
     for line in log.read_text().splitlines():
         if match := quickstart.STEP.search(line):
@@ -321,7 +321,7 @@ def _mean(values: list[float]) -> float | None:
 
 
 def main() -> int:
-    """Run, print the summary and the checks, write them; return 1 where a check failed."""
+    """Run, print and write the figures and the checks. Return 1 if a check failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--kill-every", type=int, default=20, metavar="STEPS")

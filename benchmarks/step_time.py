@@ -1,8 +1,8 @@
-"""What does DEPO cost a training step? `python -m benchmarks.step_time [--steps 40] [--pairs 2] [--json FILE]`
+"""How much slower is a step with DEPO? `python -m benchmarks.step_time [--steps 40] [--pairs 2] [--json FILE]`
 
-The quickstart's launch of the real Ray, DeepSpeed and vLLM, in turn with --method grpo and --method depo, same model
-and batch: the medians of OpenRLHF's own timing/step_total after warm-up, their ratio pair by pair, and the median of
-depo/time_blocked, what training waited for the estimator.
+Runs the quickstart on the real Ray, DeepSpeed and vLLM, in turn with --method grpo and --method depo, with the same
+model and batch. Prints the medians of OpenRLHF's own timing/step_total after warm-up, their ratio for each pair, and
+the median of depo/time_blocked, the time that training waited for the estimator.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SKIPPED = 10  # first steps: warm-up of everything
+SKIPPED = 10  # first steps, which are left out because everything warms up in them
 GOAL_SHARE, GOAL_S = 0.002, 0.020
 
 
 def launch(method: str, steps: int, out: Path) -> list[dict]:
-    """Run the quickstart; return its steps' rows."""
+    """Run the quickstart and return one row per step."""
     command = ["bash", ROOT / "scripts" / "quickstart_cpu.sh", "--method", method, "--steps", str(steps), "--out", out]
     with (out.parent / f"{out.name}.log").open("w") as log:
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
@@ -28,7 +28,7 @@ def launch(method: str, steps: int, out: Path) -> list[dict]:
 
 
 def main() -> None:
-    """Run the pairs, print the figures, write them."""
+    """Run the pairs, and print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=2)

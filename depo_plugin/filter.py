@@ -18,9 +18,9 @@ if TYPE_CHECKING:  # the settings read RULES
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of one candidate.
+    """Whether one candidate is rolled out, and why.
 
-    q: the probability that a candidate of this belief is kept; in (0, 1] if `keep` is true.
+    q: the probability that a candidate with this belief is kept; in (0, 1] if `keep` is true.
     """
 
     keep: bool
@@ -75,9 +75,9 @@ def decide(
 ) -> list[Decision]:
     """Return one Decision per candidate: kept by cfg.rule with q = 1, else kept by chance with q = cfg.epsilon.
 
-    uniform_B: each candidate's own draw from [0, 1), used only if the rule says no, so that no candidate's chance
-    depends on the others' scores. A belief that is not a Beta distribution (NaN, negative) is a fault of the
-    estimator, not a "no": such a candidate is UNSCORED and kept. Raises ValueError if the lengths differ.
+    uniform_B: each candidate's own draw from [0, 1), used only if the rule says no. So a candidate's chance does not
+    depend on the scores of the others. A belief that is not a Beta distribution (NaN, negative) is a fault of the
+    estimator, so that candidate is kept as UNSCORED. Raise ValueError if the lengths differ.
     """
     a_B, b_B = np.asarray(a_B, np.float64), np.asarray(b_B, np.float64)
     if not a_B.shape == b_B.shape == uniform_B.shape:
@@ -99,9 +99,9 @@ def keep_all(count: int, reason: Reason) -> list[Decision]:
 
 
 def fill_up(decisions: list[Decision], value_B: np.ndarray, missing: int) -> list[Decision]:
-    """Return the decisions with the `missing` best rejected ones by V turned into FORCED, q = 1.
+    """Return the decisions, in which the `missing` rejected candidates with the highest V become FORCED, q = 1.
 
-    value_B: V of each candidate; those of kept ones are not read. Of equal values the first is taken.
+    value_B: V of each candidate; only values of rejected ones are read. If values are equal, the first is taken.
     """
     filled = list(decisions)
     rejected = np.array([i for i, decision in enumerate(decisions) if not decision.keep], int)
@@ -114,9 +114,9 @@ def fill_up(decisions: list[Decision], value_B: np.ndarray, missing: int) -> lis
 def keep_share(kept: int, scanned: int, stopped: bool) -> float:
     """Return the estimate of kept/scanned that makes importance weights unbiased; 1 if all were kept.
 
-    stopped: whether the scan ended because a candidate was kept. That one was certain to be kept, so it is not
-    counted: (kept − 1)/(scanned − 1), Haldane's unbiased estimate under inverse sampling. kept/scanned would be too
-    large by about 1/kept; it is used for a batch of one, which has no unbiased estimate.
+    stopped: whether the scan ended because a candidate was kept. If so, the last candidate is certain to be kept and
+    is not counted: (kept − 1)/(scanned − 1), Haldane's unbiased estimate under inverse sampling. kept/scanned would be
+    too large by about 1/kept; it is used for a batch of one, which has no unbiased estimate.
     """
     if stopped and kept > 1:
         return (kept - 1) / (scanned - 1)

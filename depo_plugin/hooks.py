@@ -4,15 +4,15 @@ One prompt, from pool to gradient (-> is a call; who waits for whom is in bracke
 
     pool -> loader -> score -> keep? -> [rollout x G -> reward] -> observe -> [gradient] -> log
             |         (waits at most estimator.timeout_s for       |
-            |          scores asked for one batch earlier)         (judged at once, learned behind the gradient;
-            '-- plans whole batches                                 log waits for the judgement alone)
+            |          scores asked for one batch earlier)         (judged at once, learned during the gradient;
+            '-- plans whole batches                                 log waits for judge() only)
 
 Driver: add_arguments, resolve, start_estimator, check_attached. The process with the loader: wrap_loader, attach,
 dispatched, received, reject. The process that trains: attach, load, check_rewards, observe, log, save. In synchronous
 training the last two are one process. All of them reach the estimator, a Ray actor, through remote/handle.py.
 
-Importing this module loads the standard library alone. A function imports what it needs of depo_plugin itself: the
-settings in add_arguments and resolve, everything else only if DEPO is on.
+Importing this module loads only the standard library. Each function imports the parts of depo_plugin that it needs:
+the settings in add_arguments and resolve, everything else only if DEPO is on.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from typing import Any
 
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
-ATTACH_TIMEOUT_S = 1800  # how long the constructors of OpenRLHF's trainer may take; they read the data sets
+ATTACH_TIMEOUT_S = 1800  # longest time for the constructors of OpenRLHF's trainer, which read the data sets
 
 
 @dataclass
 class Process:
-    """What one process holds between two calls."""
+    """The state that one process keeps between two calls."""
 
     driver_actor: Any = None  # the estimator's Ray actor, in the process that owns it
     handle: Any = None  # this process's RemoteEstimator
@@ -49,7 +49,7 @@ _process = Process()
 
 
 class _NoteEstimator(argparse.Action):
-    """Store --algo.advantage.estimator as OpenRLHF does, and note each (flag, value) of it and of the switch."""
+    """Store --algo.advantage.estimator as OpenRLHF does. Record each (flag, value) of it and --advantage_estimator."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         noted = getattr(namespace, "depo.chosen", None) or []
@@ -61,8 +61,8 @@ class _NoteEstimator(argparse.Action):
 def add_arguments(parser) -> None:
     """Add DEPO's flags to OpenRLHF's parser, and `depo` to the advantage estimators that it knows.
 
-    Exits with status 2 as argparse does, one line per fault: a --depo.* flag that does not exist or is abbreviated, or
-    DEPO asked for although depo_plugin cannot be imported. Without DEPO that is a warning.
+    Exit with status 2, one line per fault, if a --depo.* flag does not exist or is abbreviated, or if the launch uses
+    DEPO and depo_plugin cannot be imported. If the launch does not use DEPO, a failed import is only a warning.
     """
     try:
         from depo_plugin.settings import config
@@ -87,11 +87,11 @@ def add_arguments(parser) -> None:
 
 
 def resolve(args) -> None:
-    """Settle args.depo before OpenRLHF validates its arguments: gone without DEPO, every effective setting with it.
+    """Set args.depo to all effective settings if DEPO is on, else delete it. Runs before OpenRLHF's validation.
 
-    With DEPO, the base advantage stands in algo.advantage.estimator, so that each of OpenRLHF's branches and checks
-    applies to it, and one line says what DEPO does. Exits with status 2 and all faults at once if the launch cannot
-    work: settings, OpenRLHF's own flags, the encoder.
+    If DEPO is on, algo.advantage.estimator becomes the base advantage, so that OpenRLHF's branches and checks apply to
+    it, and one line says what DEPO does. Exit with status 2 and print all faults if the launch cannot work, because of
+    DEPO's settings, OpenRLHF's own flags or the encoder.
     """
     flags = getattr(args, "depo", None)
     if flags is None:  # add_arguments could not import the settings
@@ -128,7 +128,7 @@ def resolve(args) -> None:
 
 
 def _encoder_faults(cfg, args) -> list[str]:
-    """Return why the encoder cannot be used, found before Ray and vLLM start; nothing if it can."""
+    """Return the reasons why the encoder cannot be used, [] if it can. Checked before Ray and vLLM start."""
     from depo_plugin.estimator import encoder
 
     settings = cfg.estimator
@@ -142,7 +142,7 @@ def _encoder_faults(cfg, args) -> list[str]:
 
 
 def enabled(args) -> bool:
-    """Return whether DEPO is on in this launch; every call site asks here."""
+    """Return whether DEPO is on in this launch. Every call site asks this function."""
     return getattr(getattr(args, "depo", None), "enabled", False)
 
 
@@ -154,7 +154,7 @@ def _snapshot_root(args) -> str:
 
 
 def start_estimator(strategy, placement_group) -> None:
-    """Start the estimator's actor before the trainer's. placement_group: the one that all models share, or None."""
+    """Start the estimator's actor before the trainer's. placement_group: shared by all models, or None."""
     from depo_plugin import seam
     from depo_plugin.remote import actor
 
@@ -166,7 +166,7 @@ def start_estimator(strategy, placement_group) -> None:
 
 
 def attach(args, site: str, path: str) -> None:
-    """Note that the hook at `site` runs in this process, from the OpenRLHF file `path`; check_attached asks for it."""
+    """Record that the hook at `site` runs in this process, from OpenRLHF's file `path`; check_attached reads it."""
     from depo_plugin import seam
 
     _process.reports.append(seam.report(site, path))
@@ -175,9 +175,9 @@ def attach(args, site: str, path: str) -> None:
 def check_attached(args, trainer) -> None:
     """Stop the run before its first rollout if a process runs another OpenRLHF than the driver's patched one.
 
-    trainer: the PPOTrainer or PPOTrainerAsync actor. Its processes are asked directly, so that the proof does not
-    depend on the estimator, and each is waited for until its constructor is done. Raises seam.SeamError naming site,
-    node and path, and RuntimeError if a process does not answer within ATTACH_TIMEOUT_S.
+    trainer: the PPOTrainer or PPOTrainerAsync actor. Its processes are asked directly, so that the check does not
+    depend on the estimator. Each process answers after its constructor is done. Raise seam.SeamError with site, node
+    and path, or RuntimeError if a process does not answer within ATTACH_TIMEOUT_S.
     """
     from depo_plugin import seam
 
@@ -188,7 +188,7 @@ def check_attached(args, trainer) -> None:
 
 
 def _ask_attached(actor) -> dict:
-    """Return what an actor's process says: `reports` of its hooks, `where` OpenRLHF is, `parts`: actors it made."""
+    """Return the answer of an actor's process: `reports` of its hooks, `where` OpenRLHF is, `parts`: its actors."""
     import ray
 
     def probe(actor):  # a nested function travels by value: the node may not have this package
@@ -221,7 +221,7 @@ def _ask_attached(actor) -> dict:
 
 
 def _handle(args):
-    """Return this process's way to the estimator, made once."""
+    """Return this process's handle of the estimator. It is made once."""
     if _process.handle is None:
         from depo_plugin.remote import handle
 
@@ -230,10 +230,10 @@ def _handle(args):
 
 
 def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
-    """Return the loader that draws only prompts worth a rollout, and the steps the schedule is made for.
+    """Return the loader that draws only prompts worth a rollout, and the number of steps for the schedule.
 
-    prompts_dataloader: OpenRLHF's StatefulDataLoader of one prompt a batch; max_steps: OpenRLHF's; path: the calling
-    file. The steps are OpenRLHF's, or more if the pool is smaller than a batch: each episode makes a full batch.
+    prompts_dataloader: OpenRLHF's StatefulDataLoader, one prompt per batch; max_steps: OpenRLHF's number of steps;
+    path: the calling file. The number grows only if the pool is smaller than a batch: each episode fills one batch.
     """
     from depo_plugin.loader import DifficultyFilteredLoader
     from depo_plugin.settings import config
@@ -255,15 +255,15 @@ def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
 
 
 def dispatched(refs, prompts, labels) -> None:
-    """Note what was sent to vLLM: refs[i] will be the responses to prompts[i] with labels[i]."""
+    """Record what was sent to vLLM: refs[i] will return the responses to prompts[i] with labels[i]."""
     _process.in_flight |= dict(zip(refs, zip(prompts, labels, strict=True), strict=True))
 
 
 def received(ref, experiences) -> None:
-    """Give the responses of `ref` the prompt and label that were sent.
+    """Set prompt and label of the responses of `ref` to those that were sent.
 
-    A group finds its decision and its history by them, but user code may return others: an agent that rewrites the
-    prompt, a reward function that changes a label in place.
+    They identify a group's decision and history, but user code may change them: an agent may rewrite the prompt, a
+    reward function may change a label in place.
     """
     prompt, label = _process.in_flight.pop(ref)
     for experience in experiences:
@@ -271,9 +271,9 @@ def received(ref, experiences) -> None:
 
 
 def reject(args, experiences) -> None:
-    """Take a group that dynamic filtering throws away: its label is still learned from, its place is given back.
+    """Handle a group that dynamic filtering throws away: learn from its label, and let the loader draw another one.
 
-    Raises RuntimeError as check_rewards and observe do.
+    Raise RuntimeError if a response has no reward or a reward is not finite.
     """
     from depo_plugin import labels
 
@@ -292,13 +292,13 @@ def reject(args, experiences) -> None:
 def load(args, checkpoint_states: dict) -> None:
     """Load the estimator's checkpoint that belongs to the one OpenRLHF resumed from (its `latest`).
 
-    Raises CheckpointError if that is of another estimator: another encoder, group size or mode.
+    Raise CheckpointError if it was saved with another encoder, group size or mode.
     """
     if not checkpoint_states.get("global_step"):
         return
     from depo_plugin.estimator.checkpoint import step_of
 
-    # What DeepSpeed read; its converter makes global_step16_universal of global_step16, and ours stays as it is.
+    # DeepSpeed read this file. Its converter renames global_step16 to global_step16_universal; our tag stays the same.
     latest = "latest_universal" if args.ds.use_universal_ckpt else "latest"
     folder = (Path(args.ckpt.path) / "_actor" / latest).read_text().strip()
     found = re.match(r"(best_)?global_step\d+", folder)
@@ -333,10 +333,10 @@ def check_rewards(args, rollout_samples) -> None:
 
 
 def observe(args, experiences, step: int) -> None:
-    """Send the step's groups to the estimator, to be learned behind the policy's training; weight their advantages.
+    """Send the step's groups to the estimator, which learns while the policy trains, and weight their advantages.
 
     experiences: after make_experience_batch, before balance_experiences; step: the step that these rollouts train.
-    Raises RuntimeError if a reward is not finite.
+    Raise RuntimeError if a reward is not finite.
     """
     from depo_plugin import advantage, labels
 
@@ -347,8 +347,9 @@ def observe(args, experiences, step: int) -> None:
     handle = _handle(args)
     if args.depo.advantage.importance_rescale:
         found = handle.keep_weights(groups.prompts, groups.answers)
-        if found is not None:  # without the estimator every weight is 1
-            advantage.rescale(experiences, advantage.weights(*found, args.depo.advantage.clip), group_size)
+        if found is not None:  # if the estimator does not answer, every weight is 1
+            q_B, share_B = found
+            advantage.rescale(experiences, advantage.weights(q_B, share_B, args.depo.advantage.clip), group_size)
     _process.pending_metrics = handle.judge(groups.labels)
     if _process.pending_metrics is not None:
         handle.learn()
@@ -390,7 +391,7 @@ def log(args, status: dict, step: int) -> None:
 
     handle = _handle(args)
     metrics = handle.wait(_process.pending_metrics) or {}
-    for name, value in handle.take_tally().items():  # the loader's process may be another one, with its own
+    for name, value in handle.take_tally().items():  # the loader may run in another process, with its own tally
         metrics[name] = metrics.get(name, 0.0) + value
     status.update({f"depo/{name}": float(value) for name, value in metrics.items()})
     row = {"step": step} | {k: v for k, v in status.items() if isinstance(v, int | float)}

@@ -104,7 +104,10 @@ def _groups(groups: list[tuple], reward_range: tuple[float, float]) -> Groups:
     low, high = reward_range
     slack = ROUNDING * max(abs(low), abs(high))
     finite = [score for _, _, scores, *_ in groups for score in scores if math.isfinite(score)]
-    made = [group_label(*group, reward_range) for group in groups]
+    made = [
+        group_label(prompt, answer, scores, rewards, log_probs, reward_range)
+        for prompt, answer, scores, rewards, log_probs in groups
+    ]
     labels = [label for label in made if label is not None]
     return Groups(
         labels=labels,

@@ -215,21 +215,23 @@ class DifficultyFilteredLoader:
         """Return the asked candidates with their decisions; they begin at the cursor."""
         positions = range(self._cursor, self._cursor + len(asked.items))
         scores = asked.scores()
+        p_B = v_B = np.full(len(positions), np.nan)
         if scores is None:
-            p_B = v_B = [None] * len(positions)
             decisions = keep_all(len(positions), Reason.UNSCORED)
         else:
             self._updates = scores.updates
             v_B = signal_probability(scores.a, scores.b, self._group_size)
             total_B = np.asarray(scores.a, np.float64) + scores.b
-            p_B = np.divide(scores.a, total_B, out=np.full_like(v_B, np.nan), where=~np.isnan(v_B))
-            p_B, v_B = (np.where(np.isnan(v_B), None, x_B).tolist() for x_B in (p_B, v_B))
+            p_B = np.divide(scores.a, total_B, out=p_B, where=~np.isnan(v_B))
             if scores.updates < self._cfg.warmup_steps:
                 decisions = keep_all(len(positions), Reason.WARMUP)
             else:
                 uniform_B = np.array([self._stream.uniform(position) for position in positions])
                 decisions = decide(scores.a, scores.b, self._cfg, self._group_size, uniform_B)
-        return [Candidate(*row) for row in zip(positions, asked.items, p_B, v_B, decisions, strict=True)]
+        values = zip(p_B.tolist(), v_B.tolist(), strict=True)
+        known = [(p, v) if v == v else (None, None) for p, v in values]  # NaN: no usable score
+        rows = zip(positions, asked.items, known, decisions, strict=True)
+        return [Candidate(position, item, p, v, decision) for position, item, (p, v), decision in rows]
 
     def _watch_forced(self, scanned: list[Candidate], forced: bool) -> None:
         """Warn once if FORCED_IN_A_ROW batches in a row had to be filled up."""
@@ -262,7 +264,7 @@ class DifficultyFilteredLoader:
 
         Those scores are part of the state: a resumed run must not ask an estimator that has learned since.
         """
-        asked = None
+        asked: dict[str, Any] | None = None
         if self._asked is not None:
             asked = {"count": len(self._asked.items), "scores": None}
             scores = self._asked.scores()

@@ -4,7 +4,6 @@ Nothing here changes the run. Each check either passes or names every fault, wit
 """
 
 import importlib
-import importlib.util
 import inspect
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,7 @@ def check_reports(reports: list[dict[str, str]], where: list[str], base: str) ->
     """
     from depo_plugin.commands.patching import sha256_of
 
-    root = Path(importlib.util.find_spec("openrlhf").origin).parent
+    root = Path(inspect.getfile(importlib.import_module("openrlhf"))).parent
     by_site = {one["site"]: one for one in reports}
     faults = []
     for site, file in SITES.items():

@@ -1,6 +1,6 @@
-"""Reward of a math answer for OpenRLHF's --reward.remote_url: 1 where it equals the label, else 0.
+"""Reward of a math answer for OpenRLHF's --reward.remote_url: 1 if it equals the label, else 0.
 
-The answer is what follows the last "Answer:" of the response, else what its last \\boxed{} holds.
+The answer is the text after the last "Answer:" in the response. If there is none, the content of the last \\boxed{}.
 """
 
 import re
@@ -10,7 +10,7 @@ from openrlhf.utils import extract_boxed_answer, grade_answer
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict:
-    """Score responses; queries: prompt and response in one text, labels: the right answers."""
+    """Return the scores of responses. queries: prompt and response in one text; labels: the right answers."""
     scores = []
     for query, prompt, label in zip(queries, prompts, labels, strict=True):
         response = query.removeprefix(prompt)

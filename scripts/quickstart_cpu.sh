@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains a small language model with DEPO on the real OpenRLHF (Ray, DeepSpeed, vLLM), on a machine without a GPU.
+# Train a small language model with DEPO on the real OpenRLHF (Ray, DeepSpeed, vLLM), on a machine without a GPU.
 #   bash scripts/quickstart_cpu.sh [--steps N] [--method depo|grpo|dynamic] [--model tiny|smollm2]
 #                                  [--out DIR] [--seed N] [--torch-index URL]
-# Everything it needs is installed into .venv on the first run; later runs start training at once.
+# The first run installs everything into .venv; later runs start training at once.
 set -euo pipefail
 
 torch_index=

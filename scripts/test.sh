@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is missing and runs everything: lint, types, unit and patch tests, then the real stack end to end.
+# Set up the missing parts and run all checks: lint, types, unit and patch tests, then the real stack end to end.
 #   bash scripts/test.sh [--torch-index URL] [pytest arguments, e.g. tests/unit -k filter]
 # The variable TORCH_INDEX does the same as --torch-index.
 set -euo pipefail
@@ -18,7 +18,7 @@ cd "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
 say "Tests (unit tests take three minutes, the launches of the real stack about twenty)"
-# Ray's workers cannot be started from a path with a space: cpu_ray has a way around it.
+# Ray cannot start workers if the path has a space, so cpu_ray makes a link to .venv then.
 python=$(cd scripts/quickstart && "$venv/bin/python" -c 'import cpu_ray; print(cpu_ray.PYTHON)')
 if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; fi
 "$python" -m pytest tests/unit -n auto --maxprocesses 4 --dist loadfile

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# GRPO with DEPO on math problems, one node of 8 GPUs of 80 GB, policy and vLLM sharing each GPU (hybrid engine).
-#   bash scripts/train_depo_hybrid_engine.sh [more flags, which win over those below]
-# Before: pip install "openrlhf-depo[openrlhf]", then `depo patch`. On a cluster: `ray start --head` first.
+# GRPO with DEPO on math problems: one node of 8 GPUs with 80 GB; policy and vLLM share each GPU (hybrid engine).
+#   bash scripts/train_depo_hybrid_engine.sh [more flags, which override those below]
+# First: pip install "openrlhf-depo[openrlhf]", then `depo patch`. On a cluster, run `ray start --head` before it.
 #
-# NOT RUN ON GPUS BY US: a test puts these flags through OpenRLHF 0.11.2's own parser and checks, no more. The
-# recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.
+# WE HAVE NOT RUN THIS ON GPUS. A test puts these flags through OpenRLHF 0.11.2's own parser and checks, no more.
+# The recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.
 #
-# For plain GRPO to compare with: add `--advantage_estimator group_norm`. For DAPO's dynamic sampling beside DEPO:
+# To compare with plain GRPO, add `--advantage_estimator group_norm`. To use DAPO's dynamic sampling with DEPO,
 # add `--algo.dynamic_filtering_enable --algo.dynamic_filtering_range 0 1`.
 set -euo pipefail
 
@@ -21,12 +21,12 @@ OUT=${OUT:-$PWD/runs/depo-math}
 GPUS=${GPUS:-8}
 
 flags=(
-    # DEPO. A share of GPU 0 for the estimator: with 0 it runs on one CPU core.
+    # DEPO. The estimator uses this share of one GPU; with 0 it runs on one CPU core.
     --advantage_estimator depo
     --depo.config "$DEPO_CONFIG"
     --depo.estimator.num_gpus 0.1
 
-    # Where things run: everything shares the GPUs and sleeps while it is not needed.
+    # Placement: policy and vLLM share the GPUs, and each sleeps while the other one works.
     --train.colocate_all
     --actor.num_nodes 1
     --actor.num_gpus_per_node "$GPUS"
@@ -47,7 +47,7 @@ flags=(
     --data.max_len 9216
     --rollout.max_new_tokens 8192
 
-    # 128 prompts x 8 responses a step, two optimizer steps on them.
+    # Each step: 128 prompts x 8 responses, two optimizer steps.
     --rollout.batch_size 128
     --rollout.n_samples_per_prompt 8
     --rollout.temperature 1.0

@@ -1,4 +1,4 @@
-"""A fast simulator of the outer loop of RL: which filter finds the prompts worth a rollout? No language model.
+"""A fast simulator of the outer loop of RL, without a language model: which filter finds prompts worth a rollout?
 
 from benchmarks import replay; replay.run("mixed", "depo", 8, 0, overrides={"history.discount": 1.0})
 """

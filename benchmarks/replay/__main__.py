@@ -38,7 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of depo's own")
     parser.add_argument("--quick", action="store_true", help="fewer pools, seeds and steps")
     parser.add_argument("--json", type=Path, help="write the rows here, plots beside it")
-    parser.add_argument("--goals", action="store_true", help="end with status 1 where a goal is missed")
+    parser.add_argument("--goals", action="store_true", help="end with status 1 if a goal is missed")
     parser.add_argument("--cache", type=Path, default=texts.default_cache(), help="texts and embeddings (%(default)s)")
     args = parser.parse_args(argv)
     args.methods = _names(parser, "--methods", args.methods, METHODS) or [m for m in METHODS if m not in NOT_DEFAULT]
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _split(given: list[str] | None) -> list[str]:
-    """Return the words of `a b` and of `a,b` alike."""
+    """Return the words of a list that is separated by spaces, commas or both."""
     return [word for part in given or [] for word in part.split(",") if word]
 
 
@@ -105,7 +105,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 
 
 def finished(jobs: list[Job], start: float) -> Iterator[tuple[Job, list[judge.Played], tuple[float, float]]]:
-    """Yield each job with its runs and what its pool's texts tell, as it ends; the largest begin."""
+    """Yield each finished job with its runs and its pool's two rank correlations. The largest jobs start first."""
     if len(jobs) == 1:
         yield jobs[0], *work(jobs[0])
         return
@@ -118,14 +118,14 @@ def finished(jobs: list[Job], start: float) -> Iterator[tuple[Job, list[judge.Pl
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; print the table and the goals; write rows and plots. Returns the exit status."""
+    """Run all jobs, print the table and the goals, write rows and plots. Return the exit status."""
     args = parse(argv)
     start = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     jobs = jobs_of(args)
     for job in {job.pool: job for job in jobs}.values():
         judge.say(f"{job.pool}: texts and embeddings")
-        job.build()  # so that the workers find them
+        job.build()  # caches them for the workers
     if "depo_paper" in args.methods:
         print(
             f"depo_paper: configs/depo_paper.yaml with {PAPER_OVERRIDES} (the bundled all-MiniLM-L6-v2); it keeps "
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     for job, *found in finished(jobs, start):
         done[jobs.index(job)] = found
         played = [one for i in sorted(done) for one in done[i][0]]
-        if args.json:  # after each job: a run that is broken off keeps what it has
+        if args.json:  # after each job, so that an interrupted run keeps its results
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps([one.row for one in played], indent=1) + "\n", encoding="utf-8")
     rows = [one.row for one in played]

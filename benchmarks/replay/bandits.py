@@ -1,6 +1,6 @@
 """Published methods that choose from the whole pool and not from a stream: MoPPS and DPS.
 
-Suffixes: N = prompts of the pool, C = candidates, B = prompts chosen; S = the states none, some, all solved.
+Suffixes: N = prompts of the pool, C = candidates, B = prompts chosen, S = the states "none, some, all solved".
 """
 
 import time
@@ -13,7 +13,7 @@ from depo_plugin.messages import Label
 
 
 class Bandit:
-    """Chooses each batch from candidates of the pool; keeps what it scanned for the judge."""
+    """Chooses each batch from candidates of the pool, and keeps its scans for the judge."""
 
     resample = False
     streams = False
@@ -23,7 +23,7 @@ class Bandit:
         self.pool, self.group_size = policy.pool, policy.group_size
         self.seconds = 0.0
         self._rng = np.random.default_rng([seed, Stream.SELECT])
-        self._left_N = np.ones(len(self.pool.prompts), bool)  # false: met already, in a pool where that ends it
+        self._left_N = np.ones(len(self.pool.prompts), bool)  # false in a fresh pool if the prompt was met
         self._scanned: list[tuple] = []
 
     def draw(self, count: int) -> np.ndarray:
@@ -57,15 +57,15 @@ class Bandit:
 class Mopps(Bandit):
     """Model predictive prompt selection (arXiv 2507.04632).
 
-    Per prompt Beta(a, b), first (1, 1). A group of k of n: a ← λa + (1−λ) + k, b ← λb + (1−λ) + n − k. From CANDIDATES
-    times the batch, drawn at random, the prompts whose draw from Beta(a, b) is nearest to TARGET are taken.
+    Each prompt has a Beta(a, b), at first (1, 1). After a group with k of n right: a ← λa + (1−λ) + k,
+    b ← λb + (1−λ) + n − k. From CANDIDATES · batch random prompts, take those whose draw is nearest to TARGET.
     """
 
     CANDIDATES = 16
     TARGET = 0.5
 
     def __init__(self, policy: Policy, seed: int, decay: float):
-        """decay: λ."""
+        """Start with Beta(1, 1) for each prompt. decay: λ."""
         super().__init__(policy, seed)
         self.decay = decay
         self.a_N, self.b_N = np.ones(len(self.pool.prompts)), np.ones(len(self.pool.prompts))
@@ -89,11 +89,11 @@ class Mopps(Bandit):
 class Dps(Bandit):
     """Dynamics-predictive sampling (arXiv 2603.10887).
 
-    Per prompt a hidden Markov model over none, some and all solved, seen exactly when the prompt is rolled out. With
-    μ the belief of the step before, A = E[Dirichlet(c)] by rows, and the belief μ' of this step (the state that was
-    seen, or the predicted one):
-        c ← λc + (1−λ)c₀ + ξ,  ξ(s, s') ∝ μ(s) A(s, s') μ'(s') where it was seen, else 0;   next belief: μ' A(c).
-    c₀ = 1, first belief uniform. The batch is the top of the whole pool by the predicted P(some).
+    Each prompt has a hidden Markov model with the states none, some and all solved. A rollout shows the state. With
+    μ the belief of the step before, A = E[Dirichlet(c)] by rows, and μ' the belief of this step (the state that a
+    rollout showed, or the predicted belief):
+        c ← λc + (1−λ)c₀ + ξ,  ξ(s, s') ∝ μ(s) A(s, s') μ'(s') if rolled out, else 0;   next belief: μ' A(c).
+    c₀ = 1, first belief uniform. The batch is the prompts of the whole pool with the highest predicted P(some).
     """
 
     DECAY = 0.7
@@ -104,7 +104,7 @@ class Dps(Bandit):
         size = len(self.pool.prompts)
         self.counts_NSS = np.ones((size, 3, 3))
         self.before_NS = np.full((size, 3), 1 / 3)  # belief of the step before
-        self.predicted_NS = np.full((size, 3), 1 / 3)  # of the step to come
+        self.predicted_NS = np.full((size, 3), 1 / 3)  # belief of the next step
 
     def _choose(self, index_C, count):
         some_C = self.predicted_NS[index_C, 1]

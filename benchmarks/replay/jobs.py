@@ -1,4 +1,4 @@
-"""What one worker process does at once. Its own module: a spawned process does not import a package's __main__."""
+"""The job of one worker process. It needs its own module, because a spawned process does not import __main__."""
 
 import time
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ FILE_STEPS = 120
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker does at once: all methods on one pool, group size and seed."""
+    """The job of one worker: all methods on one pool, group size and seed."""
 
-    pool: str
-    group_size: int
-    seed: int
-    methods: tuple[str, ...]
-    overrides: dict
-    cache: Path
-    quick: bool
-    pool_file: Path | None = None  # instead of a default pool
+    pool: str  # name
+    group_size: int  # samples per prompt
+    seed: int  # of pool, policy and methods
+    methods: tuple[str, ...]  # names
+    overrides: dict  # changes of depo's settings
+    cache: Path  # folder of texts and embeddings
+    quick: bool  # whether to use a smaller pool and fewer steps
+    pool_file: Path | None = None  # used instead of a default pool
 
     def build(self) -> world.Pool:
         """Return the pool."""
@@ -30,7 +30,7 @@ class Job:
         return world.build_pool(self.pool, self.seed, self.cache, self.spec())
 
     def spec(self) -> world.PoolSpec:
-        """Return the default pool's spec, or a shorter one."""
+        """Return the spec of the default pool, or a smaller one if `quick`."""
         spec = world.POOLS[self.pool]
         if not self.quick:
             return spec
@@ -42,7 +42,7 @@ class Job:
 
 
 def work(job: Job) -> tuple[list[judge.Played], tuple[float, float]]:
-    """Play a job; return its runs and what the pool's texts tell: text_spearman and known_spearman."""
+    """Play a job. Return its runs, and text_spearman and known_spearman of its pool."""
     import torch
 
     torch.set_num_threads(1)

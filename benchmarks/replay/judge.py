@@ -1,8 +1,8 @@
-"""One method on one pool: the outer loop of RL without a language model, and what it is judged by.
+"""Play one method on one pool: the outer loop of RL without a language model, and the measures of the result.
 
-    draw a batch -> (judge what was scanned) -> rollout -> learn -> train        one step
+    draw a batch -> (judge the scanned prompts) -> rollout -> learn -> train        one step
 
-Predictions are judged against the true pass rates when the decision was made, on all scanned prompts after warm-up.
+Predictions are compared with the true pass rates at decision time, on all prompts scanned from step JUDGED_FROM on.
 Suffixes: B = prompts of one scan or of all scans of a run.
 """
 
@@ -38,27 +38,27 @@ KEYS = (
     "estimator_seconds",
 )
 BINS = 15  # of p̂ in [0, 1], for the calibration error
-JUDGED_FROM = 20  # step: every method is judged from then on, whatever its own warm-up
-LEARNABLE = 0.5  # u(p) from which a prompt counts as truly learnable
-DRAWS_MAX = 20  # batches that dynamic sampling rolls out for one at most
+JUDGED_FROM = 20  # first step that counts, for every method, however long its own warm-up is
+LEARNABLE = 0.5  # a prompt counts as learnable if u(p) is at least this
+DRAWS_MAX = 20  # most batches that dynamic sampling rolls out for one training batch
 
 
 @dataclass
 class Played:
-    """One run: its row, and what the plots show."""
+    """One run: its row, and the data for the plots."""
 
-    row: dict[str, Any]
-    keep_rate: float
-    series: dict[str, list[float]]  # one entry per step: effective, and p̂ and p averaged over what was scanned
-    calibration: np.ndarray | None  # calibration_sums, None without predicted pass rates
+    row: dict[str, Any]  # KEYS -> value, None if it is undefined
+    keep_rate: float  # kept / scanned
+    series: dict[str, list[float]]  # per step: effective ratio, mean p̂ and mean p of the scanned prompts
+    calibration: np.ndarray | None  # calibration_sums(), None if the method predicts no pass rates
 
 
 @dataclass
 class Tally:
-    """What is collected over the judged steps of a run."""
+    """The sums and scans of the steps that count."""
 
-    rolled: int = 0
-    effective: int = 0
+    rolled: int = 0  # groups rolled out
+    effective: int = 0  # groups with a signal
     scans: list[tuple] = field(default_factory=list)  # index_B, p̂_B or None, V_B or None, kept_B, p_B, signal_B
     windows: list[tuple] = field(default_factory=list)  # one per step: learnable indices met, indices trained
 
@@ -67,9 +67,9 @@ class Tally:
 
 
 def play(pool: Pool, factory, group_size: int, seed: int, **setup) -> Played:
-    """Run a factory's method and judge it. The row's oracle_share is None: it needs other methods' rows.
+    """Run a factory's method and return its results. The row's oracle_share is None: it needs other methods' rows.
 
-    setup: of methods.Setup, what goes beyond policy and seed.
+    setup: the fields of methods.Setup other than policy and seed.
     """
     policy = Policy(pool, group_size, seed)
     method = factory(Setup(policy, seed, **setup))
@@ -95,14 +95,14 @@ def play(pool: Pool, factory, group_size: int, seed: int, **setup) -> Played:
 
 
 def _true_side(policy: Policy, scan: tuple) -> tuple:
-    """Add the true pass rates now, and whether a group simulated for each has a signal."""
+    """Return the scan with the current true pass rates, and whether a simulated group of each prompt has a signal."""
     return (*scan, policy.rates(scan[0]), policy.probe(scan[0]))
 
 
 def _train(policy: Policy, method, drawn: np.ndarray) -> tuple[list[tuple], int, np.ndarray]:
-    """Roll out a batch, tell the method, train.
+    """Roll out a batch, let the method learn from it, and train the policy.
 
-    Returns what was rolled out, as scans whose "kept" is "trained on"; the effective groups; the indices trained on.
+    Return the rollouts, as scans whose "kept" means "trained on"; the number of effective groups; the trained indices.
     """
     rolled, labels = [], []
     missing = len(drawn)
@@ -123,7 +123,7 @@ def _train(policy: Policy, method, drawn: np.ndarray) -> tuple[list[tuple], int,
 
 
 def _means(scans: list[tuple]) -> tuple[float, float]:
-    """Return the mean p̂ (NaN without predictions) and the mean p of what was scanned in a step."""
+    """Return the mean p̂ (NaN if there are no predictions) and the mean p of the prompts scanned in a step."""
     if not scans:
         return float("nan"), float("nan")
     predicted = [scan[1] for scan in scans if scan[1] is not None and not np.isnan(scan[1]).any()]
@@ -131,7 +131,7 @@ def _means(scans: list[tuple]) -> tuple[float, float]:
     return (float(np.concatenate(predicted).mean()) if predicted else float("nan")), true
 
 
-# ── The verdict ──
+# ── The measures ──
 
 
 def _judge(tally: Tally, series: dict, method, policy: Policy) -> Played:
@@ -182,9 +182,9 @@ def calibration_sums(predicted_B: np.ndarray, p_B: np.ndarray) -> np.ndarray:
 
 
 def window_coverage(windows: list[tuple], length: int) -> float | None:
-    """Return the share of learnable prompts met in a window of `length` steps that were trained in it.
+    """Return the share of learnable prompts met in a window of `length` steps that were trained in the same window.
 
-    windows: one (learnable indices met, indices trained) a step. Only whole windows count; None without one.
+    windows: (learnable indices met, trained indices) of each step. Only whole windows count; None if there is none.
     """
     met_all = trained_all = 0
     for start in range(0, len(windows) - length + 1, max(length, 1)):
@@ -196,20 +196,20 @@ def window_coverage(windows: list[tuple], length: int) -> float | None:
     return trained_all / met_all if met_all else None
 
 
-# ── Runs that belong together ──
+# ── Runs that are compared ──
 
 
 class Bench:
-    """Runs on one pool, group size and seed; each method is played at most once."""
+    """The runs on one pool, group size and seed. Each method is played at most once."""
 
     def __init__(self, pool: Pool, group_size: int, seed: int, overrides=None, cache: Path | None = None):
-        """overrides: depo's settings ("history.discount": 1.0); no other method hears of them. cache: a folder."""
+        """overrides: settings of depo alone ("history.discount": 1.0); cache: folder of texts and embeddings."""
         self.pool, self.group_size, self.seed = pool, group_size, seed
         self._setup = {"overrides": overrides or {}, "cache": cache}
         self._played: dict[str, Played] = {}
 
     def run(self, method: str) -> Played:
-        """Play a method, and those it is compared with."""
+        """Play a method and those it is compared with, and return its results."""
         played = self._play(method)
         row = played.row
         if row["oracle_share"] is None:
@@ -243,12 +243,12 @@ def run(
 ) -> dict[str, Any]:
     """Return the row of one method on a default pool.
 
-    overrides: changes of depo's settings, such as {"history.discount": 1.0}; the methods beside it keep the defaults.
+    overrides: changes of depo's settings, such as {"history.discount": 1.0}; other methods keep the defaults.
     """
     cache = cache or texts.default_cache()
     return Bench(_pool(world_name, seed, cache), group_size, seed, overrides, cache).run(method).row
 
 
 def say(text: str) -> None:
-    """Print progress."""
+    """Print one line of progress to stderr."""
     print(text, file=sys.stderr, flush=True)

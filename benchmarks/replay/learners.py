@@ -1,4 +1,4 @@
-"""Beliefs in closed form that stand in for the estimator behind the project's own loader: score, record, judge, learn.
+"""Simple learners that replace the estimator behind the project's own loader: score, record, judge, learn.
 
 Suffixes: N = prompts of the pool, B = prompts of one call, K = points of the grid.
 """
@@ -10,11 +10,11 @@ from benchmarks.replay.world import Policy, sigmoid, signal_chance
 from depo_plugin.filter import signal_probability
 from depo_plugin.messages import Label, Record, Scores
 
-GRID = np.linspace(-5.0, 5.0, 121)  # of the item noise, in its standard deviations
+GRID = np.linspace(-5.0, 5.0, 121)  # grid points of the item noise, in its standard deviations
 
 
 def make_scores(p_B: np.ndarray, v_B: np.ndarray, updates: int, group_size: int) -> Scores:
-    """Return the Beta beliefs that have this p̂ and this V, by bisection on a + b."""
+    """Return the Beta beliefs with mean p_B and signal probability v_B, by bisection on a + b."""
     p_B = np.clip(p_B, 1e-6, 1 - 1e-6)
     low_B, high_B = np.full(len(p_B), -6.0), np.full(len(p_B), 6.0)
     for _ in range(50):
@@ -26,10 +26,10 @@ def make_scores(p_B: np.ndarray, v_B: np.ndarray, updates: int, group_size: int)
 
 
 class Learner:
-    """No belief at all: the loader keeps everything."""
+    """A learner without beliefs: the loader keeps every prompt."""
 
     def __init__(self, policy: Policy):
-        """Start without updates. policy: the one that is trained; what of it may be read is each learner's own."""
+        """Start without updates. policy: the policy in training; each subclass says which truth about it it reads."""
         self.policy, self.pool, self.group_size = policy, policy.pool, policy.group_size
         self.updates = 0
 
@@ -38,10 +38,10 @@ class Learner:
         return None
 
     def record(self, records: list[Record]) -> None:
-        """Hear what the loader decided."""
+        """Take the loader's decisions; this learner ignores them."""
 
     def judge(self, labels: list[Label]) -> None:
-        """Nothing: the replay's own judge compares predictions with the truth."""
+        """Do nothing: the replay's own judge compares predictions with the truth."""
 
     def learn(self, labels: list[Label]) -> None:
         """Learn from one step's groups."""
@@ -55,10 +55,10 @@ class Learner:
 
 
 class Nothing(Learner):
-    """Says no to every prompt: with exploration ε the loader keeps a random share ε."""
+    """Rejects every prompt, so that the loader keeps only the random share ε that exploration keeps."""
 
     def score(self, prompts: list[str], labels: list[str]) -> Scores:
-        """Return V = 0."""
+        """Return beliefs with V = 0."""
         return self._scores(np.full(len(prompts), 0.5), np.zeros(len(prompts)))
 
 
@@ -66,21 +66,21 @@ class Oracle(Learner):
     """Knows the true pass rates."""
 
     def score(self, prompts: list[str], labels: list[str]) -> Scores:
-        """Return p and u(p)."""
+        """Return beliefs with the true p and V = u(p)."""
         p_B = self.policy.rates(self._indices(prompts))
         return self._scores(p_B, signal_chance(p_B, self.group_size))
 
 
 class Ideal(Learner):
-    """The exact posterior of each prompt: what any learner could reach.
+    """The exact posterior of each prompt: the best that a learner can reach.
 
-    Knows each text's part, the spread of the item noise and the ability at every time, not the pass rates. The
-    posterior over logit = text + noise is on a grid; a group of k of n at ability A multiplies it by
-    p^k (1−p)^(n−k), p = σ(logit + A). p̂ = E[p] and V = E[u(p)] at the ability now.
+    It knows the text's part of each logit, the spread of the item noise and the current ability, but not the pass
+    rates. The posterior over logit = text + noise is on a grid. A group with k of n right at ability A multiplies it
+    by p^k (1−p)^(n−k), p = σ(logit + A). p̂ = E[p] and V = E[u(p)] at the current ability.
     """
 
     def __init__(self, policy: Policy):
-        """Start from the prior, a normal distribution around each text's part."""
+        """Start with the prior: a normal distribution around the text's part of each logit."""
         super().__init__(policy)
         self._text_N, self._noise = self.pool.text_N, self.pool.noise
         self._log_weight_NK = np.tile(-0.5 * GRID**2, (len(self.pool.prompts), 1))
@@ -90,7 +90,7 @@ class Ideal(Learner):
         return sigmoid(logit_BK + self.policy.ability)
 
     def score(self, prompts: list[str], labels: list[str]) -> Scores:
-        """Return the posterior's expectations at the ability now."""
+        """Return beliefs with the posterior's E[p] and E[u(p)] at the current ability."""
         return self._scores(*self._beliefs(self._indices(prompts)))
 
     def _beliefs(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,28 +103,28 @@ class Ideal(Learner):
         return (weight_BK * p_BK).sum(1), (weight_BK * u_BK).sum(1)
 
     def learn(self, labels: list[Label]) -> None:
-        """Multiply by each group's likelihood; called at the ability that the groups were made at."""
+        """Multiply the posterior by each group's likelihood. Call it at the ability of the rollout."""
         index_B = self._indices([label.prompt for label in labels])
         p_BK = np.clip(self._rates(index_B), 1e-12, 1 - 1e-12)
         n_B1 = np.array([label.n for label in labels])[:, None]
         k_B1 = np.array([label.y for label in labels])[:, None] * n_B1
-        # add.at: a prompt may be in a batch twice, where a pass ends in it.
+        # add.at, because a prompt is in a batch twice if a pass ends within the batch.
         np.add.at(self._log_weight_NK, index_B, k_B1 * np.log(p_BK) + (n_B1 - k_B1) * np.log1p(-p_BK))
         super().learn(labels)
 
 
 class Ridge(Ideal):
-    """As ideal, but for the text: a ridge regression on the frozen embeddings, told the true logits of prompts met.
+    """Ideal, but the text's part comes from a ridge regression that learns the true logits of the prompts met.
 
-    No outcome tells as much, and its penalty is the best one in hindsight: what is missing to ideal is what a linear
-    model does not read in these embeddings from that many prompts. For pools that are met once: of a prompt that is
-    met again it is told all.
+    True logits tell more than outcomes, and the penalty is the best one in hindsight. So the distance to ideal is the
+    part that a linear model cannot learn from these embeddings and this number of prompts. Use it only on fresh pools:
+    for a prompt that is met again, it would know the true logit.
     """
 
     PENALTIES = (1.0, 3.0, 10.0)
 
     def __init__(self, policy: Policy, embedding_NE: np.ndarray):
-        """Start from the mean logit of the pool. embedding_NE: the prompts' embeddings."""
+        """Start with the mean logit of the pool. embedding_NE: the prompts' embeddings."""
         super().__init__(policy)
         self._x_NE = embedding_NE / np.linalg.norm(embedding_NE, axis=1, keepdims=True)
         self._met = np.zeros(len(self._x_NE), bool)
@@ -135,7 +135,7 @@ class Ridge(Ideal):
         self._noise = float(np.hypot(self.pool.noise, np.std(text_N - self.pool.text_N)))
 
     def learn(self, labels: list[Label]) -> None:
-        """Fit the regression anew."""
+        """Fit the regression again, with these prompts' true logits."""
         self._met[self._indices([label.prompt for label in labels])] = True
         told = self._x_NE[self._met], self.pool.logit_N[self._met]
         found = ridge_predictions(*told, self._x_NE, self.PENALTIES)
@@ -144,11 +144,11 @@ class Ridge(Ideal):
 
 
 class HistoryOnly(Learner):
-    """A bandit: each prompt's own groups and a constant, the running mean pass rate, instead of the text.
+    """A bandit: each prompt's own groups, and the running mean pass rate m in place of the text.
 
-    Beta(κ·m + S, κ·(1 − m) + N − S), S and N fading with the updates since the prompt was last seen. κ is the one of
-    KAPPAS under which the groups of about the last 50 updates were likeliest before they came, by the Beta-binomial
-    log-likelihood  Σ_{i<k} log(a + i) + Σ_{i<n−k} log(b + i) − Σ_{i<n} log(a + b + i).
+    Beta(κ·m + S, κ·(1 − m) + N − S); S and N fade with the updates since the prompt was last seen. κ is the value in
+    KAPPAS that predicts the groups of about the last 50 updates best, by the Beta-binomial log-likelihood
+    Σ_{i<k} log(a + i) + Σ_{i<n−k} log(b + i) − Σ_{i<n} log(a + b + i).
     """
 
     DISCOUNT = 0.98  # per update
@@ -165,23 +165,23 @@ class HistoryOnly(Learner):
 
     @property
     def kappa(self) -> float:
-        """Samples that the constant is worth."""
+        """κ, the number of samples that the mean m counts as."""
         return float(self.KAPPAS[self._likelihood_K.argmax()])
 
     def _belief(self, index_B, kappa):
-        """Return a_B, b_B under this κ, or a_BK, b_BK under several."""
+        """Return a_B, b_B for one κ, or a_BK, b_BK for an array of them."""
         fade_B = self.DISCOUNT ** (self.updates - self._seen_N[index_B])
         successes_B, samples_B = fade_B * self._successes_N[index_B], fade_B * self._samples_N[index_B]
         prior = np.multiply(kappa, self._sum / self._count), np.multiply(kappa, 1 - self._sum / self._count)
         return np.add.outer(successes_B, prior[0]), np.add.outer(samples_B - successes_B, prior[1])
 
     def score(self, prompts: list[str], labels: list[str]) -> Scores:
-        """Return the Beta posterior's mean and DESIGN's V."""
+        """Return the Beta posteriors' means and signal probabilities V."""
         a_B, b_B = self._belief(self._indices(prompts), self.kappa)
         return self._scores(a_B / (a_B + b_B), signal_probability(a_B, b_B, self.group_size))
 
     def learn(self, labels: list[Label]) -> None:
-        """Weigh the values of κ by these groups, then add the groups to the prompts and to the mean."""
+        """Update the likelihood of each κ, then add the groups to the prompts and to the mean."""
         index_B = self._indices([label.prompt for label in labels])
         n_B = np.array([label.n for label in labels], int)
         k_B = np.rint(np.array([label.y for label in labels]) * n_B).astype(int)

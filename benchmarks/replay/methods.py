@@ -1,8 +1,9 @@
-"""The methods side by side, each a factory of something that draws batches and hears what came of them.
+"""The methods that are compared. Each is a factory of an object that draws batches and learns from their groups.
 
-    draw(count) -> prompt indices    learn(labels)    scanned() -> what was judged since    seconds    resample
+    draw(count) -> prompt indices    learn(labels)    scanned() -> scans since the last call    seconds    resample
 
-Most go through the project's own DifficultyFilteredLoader and differ in who scores. Suffix B = prompts of one call.
+Most use the project's own DifficultyFilteredLoader and differ in the learner that scores.
+Suffix: B = prompts of one call.
 """
 
 import time
@@ -21,28 +22,28 @@ from depo_plugin.messages import Label, Record, prompt_key
 from depo_plugin.settings.config import DepoConfig, FilterConfig, load_config
 
 ENDLESS = 10**9  # episodes
-NARROW = {"filter.low": 0.2, "filter.high": 0.8}  # less coverage, to compare at with methods that cover less
+NARROW = {"filter.low": 0.2, "filter.high": 0.8}  # less coverage, for comparison with methods that cover less
 PAPER_OVERRIDES = {"estimator.model": None}  # the bundled MiniLM in place of distilbert
 
 
 class Done:
-    """Scores that are there already."""
+    """A finished request for scores."""
 
     def __init__(self, scores):
         self._scores = scores
 
     def result(self):
-        """Return them."""
+        """Return the scores."""
         return self._scores
 
 
 class LoaderMethod:
-    """The project's loader over a learner with the estimator's verbs; itself the loader's handle of it."""
+    """The project's loader with a learner that has the estimator's verbs. It is also the loader's handle."""
 
-    streams = True  # each prompt is met once a pass
+    streams = True  # each prompt is met once in a pass
 
     def __init__(self, policy: Policy, learner, cfg: FilterConfig, seed: int, *, predicts=True, resample=False):
-        """predicts: whether scores are predictions; resample: whether the batch is filled with effective groups."""
+        """predicts: whether scores are predictions; resample: whether to draw again until all groups are effective."""
         self._pool, self._learner = policy.pool, learner
         self._predicts, self.resample = predicts, resample
         self.seconds = 0.0
@@ -72,7 +73,7 @@ class LoaderMethod:
         return np.array(drawn)
 
     def learn(self, labels: list[Label]) -> None:
-        """Pass one step's groups on to the learner."""
+        """Give one step's groups to the learner."""
         start = time.perf_counter()
         self._learner.judge(labels)
         self._learner.learn(labels)
@@ -84,10 +85,10 @@ class LoaderMethod:
         return found
 
     def passes(self) -> float:
-        """Return how many passes over the pool have been scanned."""
+        """Return the number of passes over the pool that have been scanned."""
         return self._count / len(self._pool.prompts)
 
-    # ── The handle that the loader asks ──
+    # ── The loader's handle ──
 
     def score_async(self, prompts: list[str], labels: list[str]) -> Done:
         """Score at once."""
@@ -97,7 +98,7 @@ class LoaderMethod:
         return Done(scores)
 
     def record(self, records: list[Record]) -> None:
-        """Note one planned batch and pass it on."""
+        """Store the decisions of one planned batch, and give them to the learner."""
         self._learner.record(records)
         index_B = np.array([self._key_index[one.key] for one in records])
         p_B = v_B = None
@@ -109,17 +110,13 @@ class LoaderMethod:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a factory is given.
+    """The arguments of a factory."""
 
-    overrides: depo's settings; keep_rate: depo's in the same pool, seed and group size, where `random` needs it;
-    cache: folder of texts and embeddings.
-    """
-
-    policy: Policy
-    seed: int
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    keep_rate: float | None = None
-    cache: Path | None = None
+    policy: Policy  # the simulated policy
+    seed: int  # of the loader and the learner
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # changes of depo's settings
+    keep_rate: float | None = None  # of depo on the same pool, seed and group size; only `random` needs it
+    cache: Path | None = None  # folder of texts and embeddings
 
 
 def depo_config(overrides: Mapping[str, Any]) -> DepoConfig:
@@ -170,7 +167,7 @@ def _oracle(setup: Setup):
     return LoaderMethod(setup.policy, learners.Oracle(setup.policy), cfg, setup.seed)
 
 
-# Name -> factories; of several, the run with the fewest rollouts per effective group counts.
+# Name -> factories. If there are several, the run with the fewest rollouts per effective group counts.
 METHODS: dict[str, tuple[Callable[[Setup], Any], ...]] = {
     "grpo": (lambda setup: _plain(setup, resample=False),),
     "dynamic": (lambda setup: _plain(setup, resample=True),),
@@ -186,4 +183,4 @@ METHODS: dict[str, tuple[Callable[[Setup], Any], ...]] = {
     "ridge": (_ridge,),
     "oracle": (_oracle,),
 }
-NOT_DEFAULT = ("depo_paper", "ridge")  # fine-tunes an encoder, minutes a run; says something on fresh alone
+NOT_DEFAULT = ("depo_paper", "ridge")  # trains an encoder, minutes per run; is meaningful only on the fresh pool

@@ -1,4 +1,4 @@
-"""Pictures of a run, one file per pool and group size."""
+"""The plots of a run, one file per pool and group size."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from benchmarks.replay.judge import JUDGED_FROM, Played
 
 
 def draw(played: list[Played], beside: Path) -> list[Path]:
-    """Draw the effective ratio by method, p̂ and p over steps, and the calibration; return the files."""
+    """Draw effective ratio, coverage, p̂ and p over steps, and calibration. Return the files, named after `beside`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -43,7 +43,7 @@ def _colour(name: str) -> str:
 
 
 def _bars(axes, runs):
-    """Draw effective groups of all rolled out: median over seeds, line from least to most."""
+    """Draw effective groups / groups rolled out by method: median over seeds, with a line from minimum to maximum."""
     methods = _by_method(runs)
     values = [[one.row["effective_ratio"] for one in found] for found in methods.values()]
     middle = np.array([np.median(found) for found in values])
@@ -55,7 +55,7 @@ def _bars(axes, runs):
 
 
 def _coverage(axes, runs):
-    """Draw what a high effective ratio costs: the share of learnable prompts that are trained in a pass."""
+    """Draw effective ratio against coverage, the share of learnable prompts that are trained in a pass."""
     for name, found in _by_method(runs).items():
         points = [(one.row["coverage"], one.row["effective_ratio"]) for one in found]
         points = [point for point in points if point[0] is not None]
@@ -67,7 +67,7 @@ def _coverage(axes, runs):
 
 
 def _lines(axes, runs):
-    """Draw the mean p̂ and mean p of what was scanned in each step (the paper's Figure 4), first seed."""
+    """Draw mean p̂ and mean p of the prompts scanned in each step (the paper's Figure 4), for the first seed."""
     for name in ("depo", "ideal"):
         if found := _by_method(runs).get(name):
             series = found[0].series
@@ -80,7 +80,7 @@ def _lines(axes, runs):
 
 
 def _calibration(axes, runs):
-    """Draw the mean true pass rate against the mean p̂ in bins of p̂, all seeds together."""
+    """Draw the mean true pass rate against the mean p̂ in bins of p̂, over all seeds."""
     axes.plot([0, 1], [0, 1], color="0.7", lw=1)
     axes.set_prop_cycle(color=["tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink"])
     for name, found in _by_method(runs).items():
@@ -88,7 +88,7 @@ def _calibration(axes, runs):
             continue
         predicted, true, count = sum(one.calibration for one in found)
         some = count > 0
-        colour = _colour(name) if name in ("depo", "ideal") else None  # None: the next of the cycle
+        colour = _colour(name) if name in ("depo", "ideal") else None  # None: the next colour of the cycle
         x, y = predicted[some] / count[some], true[some] / count[some]
         axes.plot(x, y, ".-", color=colour, lw=2 if name == "depo" else 1, label=name)
     axes.set(xlabel="mean p̂ of scanned prompts", ylabel="mean true pass rate", xlim=(0, 1), ylim=(0, 1))

@@ -1,4 +1,4 @@
-"""What a run says in words: the table, and whether depo meets its goals."""
+"""The text output of a run: the table, and whether depo meets its goals."""
 
 from collections.abc import Iterable, Iterator
 
@@ -19,13 +19,13 @@ COLUMNS = {
     "estimator_seconds": ("seconds", 1),
 }
 WIDTH = 13
-TOLERANCE = 0.005  # of effective ratio: half a percent behind another method is not behind
+TOLERANCE = 0.005  # a smaller difference in effective ratio does not count as worse
 OWN = ("depo", "depo_narrow")
 RIVALS = ("mopps", "dps", "depo_paper", "history_only", "text_only")
 
 
 def settings_of(rows: Iterable[dict]) -> list[tuple[str, int]]:
-    """Return the (pool, group size) pairs in the order they come."""
+    """Return the different (pool, group size) pairs, in the order of the rows."""
     return list(dict.fromkeys((row["pool"], row["group_size"]) for row in rows))
 
 
@@ -37,8 +37,8 @@ def _values(rows: list[dict], setting: tuple[str, int], method: str, key: str) -
 def table(rows: list[dict], told: dict[str, list[tuple[float, float]]]) -> str:
     """Return one block of lines per pool and group size.
 
-    told: pool -> what its texts tell of the starting pass rates, one per seed: Spearman of a cross-validated ridge
-    regression on frozen embeddings, and of what ideal knows.
+    told: pool -> two rank correlations with the starting pass rates per seed: of a cross-validated ridge regression on
+    frozen embeddings, and of the text's true part, which ideal knows.
     """
     lines = []
     for setting in settings_of(rows):
@@ -64,7 +64,7 @@ def _cell(values: list[float], digits: int) -> str:
 
 
 def goals(rows: list[dict]) -> list[tuple[str, int, str, bool]]:
-    """Return (pool, group size, what was found, met) of each goal that the rows allow to judge; means over seeds."""
+    """Return (pool, group size, text, met) of each goal that these rows can decide, by means over seeds."""
     found = []
     for setting in settings_of(rows):
         if all(_values(rows, setting, method, "effective_ratio") for method in ("depo", "ideal")):
@@ -106,10 +106,10 @@ def _goals_of(rows: list[dict], setting: tuple[str, int]) -> Iterator[tuple[str,
 
 
 def _at_coverage(points: list[tuple[float, float]], coverage: float | None) -> tuple[float | None, float | None]:
-    """Return depo's effective ratio at a rival's coverage, and the coverage it is at: one buys the other.
+    """Return depo's effective ratio at a rival's coverage, and the coverage used. Less coverage gives a higher ratio.
 
-    points: (coverage, effective ratio) of depo and of depo_narrow. Between them it is interpolated, outside it is the
-    nearer one's. (None, None) where there is no coverage to compare at.
+    points: (coverage, effective ratio) of depo and depo_narrow. The ratio is interpolated between them; outside, the
+    nearer point is used. Return (None, None) if there is no coverage to compare at.
     """
     if coverage is None or not points:
         return None, None
@@ -118,7 +118,7 @@ def _at_coverage(points: list[tuple[float, float]], coverage: float | None) -> t
 
 
 def goals_text(found: list[tuple[str, int, str, bool]]) -> str:
-    """Return the goals, a line each, met or MISSED, and how many were met."""
+    """Return one line per goal, with "met" or "MISSED", and a last line with the number of goals met."""
     lines = ["depo beside what any learner could reach (ideal):"]
     for pool, group_size, text, met in found:
         lines.append(f"  {pool + f', G = {group_size}:':<18} {'met   ' if met else 'MISSED'}  {text}")

@@ -48,7 +48,7 @@ THREADS = 2
 
 
 def default_cache() -> Path:
-    """Return the folder where texts and embeddings are kept between runs."""
+    """Return the folder that keeps texts and embeddings between runs."""
     return Path(tempfile.gettempdir()) / f"depo-replay-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
@@ -140,7 +140,7 @@ def embed(texts: list[str], cache: Path) -> np.ndarray:
 
 
 def _encode(texts: list[str], cache: Path) -> np.ndarray:
-    """Return embeddings as embed() does. Also fill the estimator's own cache, so that each text is encoded only once."""
+    """Return embeddings as embed() does, and put them into the estimator's cache: each text is encoded only once."""
     from depo_plugin.estimator.embedding_cache import EmbeddingCache
     from depo_plugin.estimator.encoder import load_encoder, token_limit, weights_digest
     from depo_plugin.messages import prompt_key

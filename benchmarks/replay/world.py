@@ -20,10 +20,10 @@ from depo_plugin.labels import D_MIN
 from depo_plugin.messages import Label
 
 BATCH = 64
-GAIN = 0.02  # ability gained by a step whose groups all have signal
-WASTED_GAIN = 0.001  # and by one whose groups all have none
+GAIN = 0.02  # ability gained by a step in which every group has a signal
+WASTED_GAIN = 0.001  # ability gained by a step in which no group has a signal
 RATE_CLIP = 0.01  # a pool file's pass rates are clipped to [0.01, 0.99]: 0 of 8 is not "never"
-CONFIDENCE_NOISE = 0.5  # of logit d, beside its dependence on p
+CONFIDENCE_NOISE = 0.5  # standard deviation of the noise in logit d
 
 
 class Stream(IntEnum):
@@ -38,24 +38,19 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """A default pool.
+    """A default pool."""
 
-    number: of its random streams; drift has mixed's, so that they differ in the jumps alone. mean, spread: of the
-    starting policy's logits over the pool; text_spearman: what a ridge regression on frozen embeddings is to reach;
-    jumps: (step, ability added then) from outside, such as another data mix; fresh: no prompt is met twice.
-    """
-
-    number: int
-    mean: float
-    spread: float
-    text_spearman: float
-    size: int = 2000
-    steps: int = 120
-    jumps: tuple[tuple[int, float], ...] = ()
-    fresh: bool = False
+    number: int  # of its random streams; drift and mixed share one, so that only the jumps differ
+    mean: float  # of the starting policy's logits over the pool
+    spread: float  # standard deviation of these logits
+    text_spearman: float  # rank correlation that a ridge regression on frozen embeddings should reach
+    size: int = 2000  # prompts
+    steps: int = 120  # of one run
+    jumps: tuple[tuple[int, float], ...] = ()  # (step, change of ability) from outside, such as another data mix
+    fresh: bool = False  # whether no prompt is met twice
 
 
-# 0.26 is what GSM8K gives and 0.57 what the levels of MATH give.
+# For comparison: text_spearman is 0.26 on GSM8K, and 0.57 for the levels of MATH.
 POOLS = {
     "easy": PoolSpec(0, mean=2.5, spread=2.5, text_spearman=0.30),
     "hard": PoolSpec(1, mean=-3.5, spread=2.5, text_spearman=0.45),
@@ -69,27 +64,23 @@ HIDDEN = ("learnable",)  # not among the default pools
 
 @dataclass(frozen=True)
 class Pool:
-    """Prompts and the truth about them.
-
-    logit_N: the starting policy's; text_N: what their family and level say of it, noise: the spread around that.
-    text_spearman: the measured one of a cross-validated ridge regression with the starting pass rates.
-    """
+    """Prompts and the truth about them."""
 
     name: str
-    prompts: list[str]
-    logit_N: np.ndarray
-    text_N: np.ndarray
-    noise: float
-    text_spearman: float
-    steps: int
-    batch: int = BATCH
-    jumps: tuple[tuple[int, float], ...] = ()
-    fresh: bool = False
-    index: dict[str, int] = field(default_factory=dict)
+    prompts: list[str]  # all different
+    logit_N: np.ndarray  # true logits of the starting policy's pass rates
+    text_N: np.ndarray  # the part of these logits that family and level determine
+    noise: float  # standard deviation of the rest
+    text_spearman: float  # rank correlation of a cross-validated ridge regression with the starting pass rates
+    steps: int  # of one run
+    batch: int = BATCH  # prompts of a step
+    jumps: tuple[tuple[int, float], ...] = ()  # as in PoolSpec
+    fresh: bool = False  # as in PoolSpec
+    index: dict[str, int] = field(default_factory=dict)  # prompt -> its position in `prompts`
 
     @property
     def known_spearman(self) -> float:
-        """Rank correlation of what ideal knows of the texts, exactly, with the starting pass rates."""
+        """Rank correlation of the text's true part, which ideal knows, with the starting pass rates."""
         return spearman(self.text_N, self.logit_N) or 0.0
 
     def __post_init__(self):
@@ -99,7 +90,7 @@ class Pool:
 
 
 class PoolFileError(ValueError):
-    """A pool file cannot be used; says which line and why."""
+    """A pool file cannot be used. The text names the line and the reason."""
 
 
 def sigmoid(x):
@@ -116,16 +107,16 @@ def signal_chance(p, group_size: int):
 
 
 def build_pool(name: str, seed: int, cache: Path, spec: PoolSpec | None = None) -> Pool:
-    """Return a default pool: the same texts for every seed, their effects and noise drawn anew.
+    """Return a default pool. All seeds have the same texts; each seed draws its own effects and noise.
 
-    The share of the text in the logits' variance is found by bisection, so that the ridge regression reaches
-    spec.text_spearman; mean and spread of the logits stay what they are.
+    Bisection finds the text's share of the logits' variance at which the ridge regression reaches spec.text_spearman.
+    Mean and spread of the logits do not change.
     """
     spec = spec or POOLS[name]
     prompts, family_N, level_N = texts.gym_texts(spec.size, cache)
     rng = np.random.default_rng([seed, Stream.WORLD, spec.number])
     effect = rng.normal(size=len(texts.FAMILIES))
-    # Families differ more than their levels do, or a ridge regression would miss too much of what ideal knows.
+    # Families differ more than levels: otherwise a ridge regression would miss too much of what ideal knows.
     slope = rng.uniform(0.5, 1.5, size=len(texts.FAMILIES))
     text_N = _standardised(effect[family_N] - slope[family_N] * level_N)
     noise_N = rng.normal(size=spec.size)
@@ -164,10 +155,10 @@ def _standardised(x_N: np.ndarray) -> np.ndarray:
 
 
 def read_pool_file(path: Path, batch: int = BATCH) -> tuple[list[str], np.ndarray, int]:
-    """Return a pool file's prompts, their pass rates and how many lines repeated an earlier prompt.
+    """Return a pool file's prompts, their pass rates and how many lines repeat an earlier prompt.
 
-    One JSON object a line with "prompt" and "pass_rate" (others are ignored; empty lines too). A prompt that repeats
-    counts once, with the mean of its pass rates. Raises PoolFileError naming file and line.
+    Each line is a JSON object with "prompt" and "pass_rate"; other keys and empty lines are ignored. A repeated prompt
+    counts once, with the mean of its pass rates. Raise PoolFileError, with file and line, if a line is not valid.
     """
     rates: dict[str, list[float]] = {}
     lines = 0
@@ -203,9 +194,9 @@ def _pool_line(line: bytes, place: str) -> tuple[str, float]:
 
 
 def file_pool(path: Path, cache: Path, steps: int, jumps=(), batch: int = BATCH) -> Pool:
-    """Return the pool of a user's file. Its pass rates, clipped, are the starting policy's.
+    """Return the pool of a user's file. The starting policy has the file's pass rates, clipped.
 
-    What the text says is not known here: it is the out-of-fold ridge prediction, with its residual spread.
+    The true part of the text is not known, so text_N is the out-of-fold ridge prediction and noise its residual.
     """
     prompts, rate_N, _ = read_pool_file(path, batch)
     rate_N = rate_N.clip(RATE_CLIP, 1 - RATE_CLIP)
@@ -216,7 +207,7 @@ def file_pool(path: Path, cache: Path, steps: int, jumps=(), batch: int = BATCH)
 
 
 def shortened(spec: PoolSpec, steps: int, size: int) -> PoolSpec:
-    """Return a smaller pool for fewer steps, its jumps at the same parts of the run."""
+    """Return the spec of a smaller pool with fewer steps. Its jumps are at the same shares of the run."""
     jumps = tuple((round(at * steps / spec.steps), change) for at, change in spec.jumps)
     return replace(spec, steps=steps, size=size, jumps=jumps)
 
@@ -225,19 +216,19 @@ def shortened(spec: PoolSpec, steps: int, size: int) -> PoolSpec:
 
 
 class Groups(NamedTuple):
-    """Outcomes of one call: prompt indices, successes of `samples` responses, and whether the rewards differ."""
+    """The outcomes of one rollout call."""
 
-    index_B: np.ndarray
-    successes_B: np.ndarray
-    samples: int
-    signal_B: np.ndarray
+    index_B: np.ndarray  # of the prompts in the pool
+    successes_B: np.ndarray  # right responses
+    samples: int  # responses per prompt
+    signal_B: np.ndarray  # whether the rewards of the group differ, bool
 
 
 class Policy:
-    """A policy with one ability that grows with what it is trained on.
+    """A policy with one ability, which grows when it is trained.
 
-    Luck follows from (seed, step, call, prompt), so that two methods that roll out the same prompt in the same step at
-    the same ability see the same outcome: differences between methods are not luck.
+    Chance depends only on (seed, step, call, prompt). If two methods roll out the same prompt in the same step at the
+    same ability, they get the same outcome. So chance does not explain a difference between methods.
     """
 
     def __init__(self, pool: Pool, group_size: int, seed: int):
@@ -248,17 +239,17 @@ class Policy:
         self._calls = 0
 
     def begin_step(self) -> None:
-        """Go to the next step; jumps from outside happen here."""
+        """Go to the next step and apply its jumps."""
         self.step += 1
         self._calls = 0
         self.ability += sum(change for at, change in self.pool.jumps if at == self.step)
 
     def rates(self, index_B: np.ndarray) -> np.ndarray:
-        """Return the true pass rates now, float64 (B,)."""
+        """Return the true pass rates at the current ability, float64 (B,)."""
         return sigmoid(self.pool.logit_N[index_B] + self.ability)
 
     def rollout(self, index_B: np.ndarray) -> Groups:
-        """Draw one group per prompt."""
+        """Return the outcomes of one random group per prompt."""
         self._calls += 1
         rng = np.random.default_rng([self._seed, Stream.OUTCOME, self.step, self._calls])
         return self._groups(np.asarray(index_B), rng)
@@ -274,9 +265,9 @@ class Policy:
         return Groups(index_B, successes_B, self.group_size, (successes_B > 0) & (successes_B < self.group_size))
 
     def labels(self, groups: Groups, rejected: bool = False) -> list[Label]:
-        """Return what the estimator is told of these groups. rejected: thrown away by dynamic sampling, so no d."""
+        """Return these groups' labels for the estimator. rejected: dynamic sampling throws them away, so d is None."""
         rng = np.random.default_rng([self._seed, Stream.CONFIDENCE, self.step, self._calls])
-        # A policy is surer of what it solves: d rises with p, from about 0.4 to about 0.95.
+        # A policy is more confident if it solves a prompt: d rises with p, from about 0.4 to about 0.95.
         logit_B = self.pool.logit_N[groups.index_B] + self.ability
         d_B = sigmoid(1.2 + 0.35 * logit_B + CONFIDENCE_NOISE * rng.normal(size=len(logit_B))).clip(D_MIN, 1 - D_MIN)
         rows = zip(groups.index_B.tolist(), groups.successes_B.tolist(), d_B.tolist(), groups.signal_B, strict=True)
@@ -286,7 +277,7 @@ class Policy:
         ]
 
     def train(self, effective: int, wasted: int) -> None:
-        """Learn from one batch: ability grows with the share of groups that had a signal, hardly with the others."""
+        """Raise the ability by one batch: GAIN times the effective share plus WASTED_GAIN times the wasted share."""
         self.ability += (GAIN * effective + WASTED_GAIN * wasted) / self.pool.batch
 
 

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from depo_plugin import __version__
 
-# Command, which is also the module's name -> its line in `depo --help`.
+# Command (also the name of its module) -> its line in `depo --help`.
 COMMANDS = {
     "config": "print the effective DEPO settings",
     "patch": "put the DEPO call sites into OpenRLHF, check them, take them out",
@@ -18,7 +18,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+    """Run one command and return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="depo", description="DEPO for OpenRLHF", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"openrlhf-depo {__version__}")

@@ -44,12 +44,12 @@ class PatchError(Exception):
 class Copy:
     """A copy of OpenRLHF whose files all belong to known states."""
 
-    root: Path
-    release: str
+    root: Path  # the folder that holds openrlhf/
+    release: str  # of OpenRLHF, such as 0.11.2
     folder: Path  # the diffs and sums of this release
     files: Files  # the files that any diff changes or adds, as they are now
-    present: Sums  # their sums
-    sums: dict[State, Sums]  # their sums in each state
+    present: Sums  # the sums of these files now
+    sums: dict[State, Sums]  # the sums of these files in each state
 
     @property
     def applied(self) -> State | None:
@@ -242,7 +242,7 @@ def write_copy(base: Path, target: Path, wanted: set[str]) -> list[str]:
 
 
 def _changes(copy: Copy, state: State) -> dict[str, bytes | None]:
-    """Return what takes `copy` to `state`: path -> new contents, None to remove the file.
+    """Return the changes that bring `copy` to `state`: path -> new contents, None to remove the file.
 
     Raise PatchError if the diffs do not give the sums of `state`.
     """
@@ -270,7 +270,7 @@ def _changes(copy: Copy, state: State) -> dict[str, bytes | None]:
 
 
 def _read_hunks(patch: Path) -> dict[str, list[tuple[bytes, bytes]]]:
-    """Return what a diff replaces: path below the root -> the lines before and after of each hunk."""
+    """Return the hunks of a diff: path below the root -> old and new lines of each hunk."""
     hunks: dict[str, list[tuple[bytes, bytes]]] = {}
     for section in re.split(rb"(?m)^diff --git a/.* b/", patch.read_bytes())[1:]:
         header, *bodies = re.split(rb"(?m)^@@ -.*\n", section)
@@ -283,7 +283,7 @@ def _read_hunks(patch: Path) -> dict[str, list[tuple[bytes, bytes]]]:
 
 
 def _replace(copy: Copy, state: State) -> list[str]:
-    """Take the copy to `state`, all files or none. Return the changed paths."""
+    """Bring the copy to `state`: change all files or none. Return the changed paths."""
     changes = _changes(copy, state)
     if not changes:
         return []

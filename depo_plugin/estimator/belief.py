@@ -1,14 +1,14 @@
-"""What is believed of pass rates: an item-response model, learned online by quadrature and linear algebra.
+"""Beliefs about pass rates: an item-response model, learned online by quadrature and linear algebra.
 
     logit p_i(t) = θ(t) + w·φ_i + r_i
 
-θ: the policy's ability, shared by all prompts, a random walk that may jump (the drift of DESIGN). φ_i: what the text
-says: the model's score logit and, where evidence is shared between similar prompts, the text's embedding; w: how much
-each of it counts, a Bayesian linear regression. r_i ~ N(0, τ²): what the text does not tell, known from the prompt's
-own groups alone. τ is fitted; as a number of samples it is κ.
+θ: the policy's ability, shared by all prompts: a random walk that may jump.
+φ_i: the text's features: the model's score logit and, if similar prompts share evidence, the text's embedding.
+w: the weights of the features, from a Bayesian linear regression.
+r_i ~ N(0, τ²): the part that only the prompt's own groups reveal. τ² is fitted; κ expresses it as a number of samples.
 
-A group of k of n at ability θ multiplies a prompt's belief by σ(x + θ)^k · σ(−x − θ)^(n−k), x = w·φ + r, so evidence
-follows the policy as it improves. Handed on is the Beta distribution of the same mean and variance.
+A group with k of n right responses at ability θ multiplies a prompt's belief by σ(x + θ)^k · σ(−x − θ)^(n−k) with
+x = w·φ + r, so old evidence follows the policy as it improves. predict() returns Beta distributions of equal moments.
 Sources: item-response (Rasch) model; assumed-density filtering (Opper 1998) with the sites of expectation propagation
 (Minka 2001); τ² by Fisher scoring, the weights' prior by expectation maximisation.
 
@@ -22,22 +22,22 @@ import numpy as np
 from depo_plugin.estimator.history import SITE, VISITS, Evidence, PromptHistory, no_evidence
 from depo_plugin.settings.config import HistoryConfig
 
-NODES = np.linspace(-6.0, 6.0, 41)  # of a posterior, in its own standard deviations
-SPREAD_START = 2.5  # τ², worth 20 groups whose own error is 2 (see _fit_spread)
+NODES = np.linspace(-6.0, 6.0, 41)  # of the quadrature, in the posterior's standard deviations
+SPREAD_START = 2.5  # the first τ²; it counts as much as 20 groups with an error variance of 2 (see _fit_spread)
 SPREAD_WEIGHT = 20 / (SPREAD_START + 2.0) ** 2
 SPREAD_RANGE = (1e-6, 25.0)
-SPREAD_KEPT = 0.9997  # per new prompt: τ² follows about the last 3000
+SPREAD_KEPT = 0.9997  # share of the fitted sums kept per new prompt: τ² follows about the last 3000
 ABILITY_START = 4.0  # variance of the ability before the first group
 ABILITY_STEP = 0.05**2  # variance of its random walk, per update
-JUMP_CHANCE, JUMP = 0.01, 1.5**2  # of a jump per update, and its variance
-SCALE = 0.5**2  # prior variance of the score logit's weight, around 1
+JUMP_CHANCE, JUMP = 0.01, 1.5**2  # chance of a jump per update, and the jump's variance
+SCALE = 0.5**2  # prior variance of the score logit's weight; its prior mean is 1
 BIAS = 1.0  # prior variance of the constant's weight
-WEIGHT_START = 1.5**2  # prior variance of the embedding's weights, fitted
+WEIGHT_START = 1.5**2  # first prior variance of the embedding's weights; it is fitted
 WEIGHT_RANGE = (0.05, 50.0)
-WEIGHT_RATE = 0.3  # of the way the prior variance moves towards its estimate, per update
-TEXT_KEPT = 0.998  # of the evidence about w per batch of new prompts
+WEIGHT_RATE = 0.3  # each update moves the prior variance by this share of its distance to the estimate
+TEXT_KEPT = 0.998  # share of the evidence about w kept per batch of new prompts
 PRECISION_MIN = 1e-4
-CAVITY_MIN = 1e-4  # a share of a variance that rounding must not make negative
+CAVITY_MIN = 1e-4  # smallest share of a variance that may remain: rounding must not make it negative
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -46,14 +46,14 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def kappa_of(spread: float) -> float:
-    """Return κ of τ²: the a + b of the Beta distribution with the variance of σ(τz), z ~ N(0, 1)."""
+    """Return κ for τ²: a + b of the Beta distribution with the mean and variance of σ(τz), z ~ N(0, 1)."""
     weights = np.exp(-0.5 * NODES**2)
     p = sigmoid(math.sqrt(spread) * NODES)
     return float(0.25 / np.average((p - 0.5) ** 2, weights=weights) - 1)
 
 
 def spread_of(kappa: float) -> float:
-    """Return the τ² with that κ, by bisection within SPREAD_RANGE."""
+    """Return the τ² for which kappa_of() is `kappa`, by bisection within SPREAD_RANGE."""
     low, high = SPREAD_RANGE
     for _ in range(60):
         middle = math.sqrt(low * high)
@@ -62,19 +62,19 @@ def spread_of(kappa: float) -> float:
 
 
 def log_likelihood(logit: np.ndarray, successes: np.ndarray, failures: np.ndarray) -> np.ndarray:
-    """Return successes·log σ(logit) + failures·log σ(−logit); holds for fractional ones as well. All broadcast."""
+    """Return successes·log σ(logit) + failures·log σ(−logit). Counts may be fractional; all arguments broadcast."""
     return -successes * np.logaddexp(0.0, -logit) - failures * np.logaddexp(0.0, logit)
 
 
 def posterior(mean_B, variance_B, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes x_BQ and weights_BQ (rows sum to 1) of each prompt's x given N(mean, variance) and its evidence.
+    """Return nodes x_BQ and weights_BQ (rows sum to 1) of each prompt's x, given N(mean, variance) and its evidence.
 
-    The density is log-concave: Newton finds its mode, the nodes cover six standard deviations to each side.
+    The density is log-concave: Newton's method finds its mode. The nodes cover six standard deviations on each side.
     """
     precision_B = 1 / variance_B
     samples_BV = evidence.samples
     mode_B = mean_B.copy()
-    for _ in range(25):  # of at most 2 each: from any score logit to any mode
+    for _ in range(25):  # enough steps of at most 2 to get from any score logit to any mode
         p_BV = sigmoid(mode_B[:, None] + evidence.ability)
         slope_B = (evidence.successes - samples_BV * p_BV).sum(1) - (mode_B - mean_B) * precision_B
         curvature_B = (samples_BV * p_BV * (1 - p_BV)).sum(1) + precision_B
@@ -97,27 +97,27 @@ def moments(x_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def beta_of(p_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a_B, b_B of the Beta distributions with the mean and variance of weighted pass rates."""
+    """Return a_B, b_B of the Beta distributions with the mean and variance of the weighted pass rates p_BQ."""
     mean_B, variance_B = moments(p_BQ, weights_BQ)
     total_B = np.clip(mean_B * (1 - mean_B) / np.maximum(variance_B, 1e-12) - 1, 1e-3, 1e6)
     return mean_B * total_B, (1 - mean_B) * total_B
 
 
 def _with_score(features_BF, score_B):
-    """Return a copy of the features with other score logits."""
+    """Return a copy of features_BF with score_B as its score logits."""
     return np.c_[score_B, features_BF[:, 1:]]
 
 
 class Belief:
-    """Ability, text weights, spread and the prompts' own evidence, behind predict() and update()."""
+    """The ability, the text weights, the spread τ² and the prompts' own evidence."""
 
     def __init__(self, cfg: HistoryConfig, features: int):
-        """Start knowing nothing. features: columns of the texts' embeddings, 0 where they are not shared."""
+        """Start without evidence. features: columns of the text embeddings, 0 if prompts share no evidence."""
         self._cfg = cfg
         self._history = PromptHistory(cfg.discount)
         self.ability, self._ability_variance = 0.0, ABILITY_START
         fixed = None if cfg.kappa == "fit" else spread_of(min(float(cfg.kappa), 1e6))
-        # The spread of what the text says is fitted wherever it is needed to learn w.
+        # Learning w needs a fitted spread, even if kappa is inf.
         self._fixed_spread = None if cfg.kappa == "inf" and cfg.share else fixed
         self._spread_sum, self._spread_weight = SPREAD_START * SPREAD_WEIGHT, SPREAD_WEIGHT
         # Columns: the score logit, a constant, the embedding. Only with cfg.share are their weights learned.
@@ -133,29 +133,29 @@ class Belief:
 
     @property
     def features(self) -> int:
-        """Columns of the embedding that text_BF must have."""
+        """Number of columns that text_BF must have."""
         return len(self._center_F) - 2
 
     def narrowed(self, logit):
-        """Return what a shift of the mean logit is to the logit of a mean pass rate (see _features)."""
+        """Return a shift of the mean logit, converted to a shift of the mean pass rate's logit (see _features)."""
         return logit / math.sqrt(1 + math.pi * self.spread / 8)
 
     @property
     def spread(self) -> float:
-        """τ², the variance of what the text does not tell of a prompt's logit."""
+        """τ², the variance of the part of a prompt's logit that the text does not predict."""
         if self._fixed_spread is not None:
             return self._fixed_spread
         return float(np.clip(self._spread_sum / self._spread_weight, *SPREAD_RANGE))
 
     @property
     def kappa(self) -> float:
-        """Samples that the text's prediction is worth."""
+        """κ, the number of samples that the text's prediction counts as."""
         return kappa_of(self.spread)
 
     def predict(self, keys: list[int], s_B: np.ndarray, text_BF: np.ndarray, now: int):
-        """Return a_B, b_B float64: Beta beliefs about the pass rates at the ability now.
+        """Return a_B, b_B float64: Beta beliefs about the pass rates at the current ability.
 
-        keys: prompt keys; s_B: score logits; text_BF: embeddings of unit length, (B, 0) without; now: updates so far.
+        keys: prompt keys; s_B: score logits; text_BF: unit embeddings, (B, 0) if not shared; now: updates so far.
         """
         known = self._history.evidence(np.asarray(keys, np.uint64), now)
         mean_B, variance_B = self._text(self._features(s_B, text_BF), known)
@@ -163,12 +163,12 @@ class Belief:
         return beta_of(sigmoid(x_BQ + self.ability), weights_BQ)
 
     def update(self, keys: list[int], s_B, text_BF, successes_B, samples_B, now: int) -> None:
-        """Learn from one step's groups: the ability, then these prompts, then what their text says of others.
+        """Learn from one step's groups: first the ability, then these prompts' own evidence, then the text weights.
 
-        successes_B: y·n, not always whole; samples_B: n; a prompt may occur twice; the rest as in predict().
+        successes_B: y·n, may be fractional; samples_B: n. A prompt may occur twice. Other arguments as in predict().
         """
         if self._cfg.kappa == "inf" and not (self._cfg.share or self._cfg.drift):
-            return  # the paper: the text alone
+            return  # as in the paper: only the text counts
         keys_B, first_B, group_B = np.unique(np.asarray(keys, np.uint64), return_index=True, return_inverse=True)
         features_BF = self._features(s_B, text_BF)[first_B]
         successes_B, samples_B = np.bincount(group_B, successes_B), np.bincount(group_B, samples_B)
@@ -192,19 +192,19 @@ class Belief:
     # ── The text ──
 
     def _features(self, s_B, text_BF):
-        """Return [score logit, 1, embedding]; the logit of a mean pass rate is widened to one of the mean logit.
+        """Return the features [score logit, 1, embedding], with the score converted to a mean logit.
 
-        E[σ(x)] of x ~ N(m, τ²) is about σ(m / √(1 + πτ²/8)) (MacKay 1992).
+        A score is the logit of a mean pass rate: E[σ(x)] of x ~ N(m, τ²) is about σ(m / √(1 + πτ²/8)) (MacKay 1992).
         """
         widened_B = np.asarray(s_B, np.float64) / self.narrowed(1.0)
         return np.c_[widened_B, np.ones(len(widened_B)), np.asarray(text_BF, np.float64)]
 
     def _text(self, features_BF, known: Evidence):
-        """Return mean_B and variance_B of w·φ, as all prompts but the one itself have taught it.
+        """Return mean_B and variance_B of w·φ, learned from all prompts except the prompt itself.
 
-        A known prompt's own site is taken out of the regression again (its cavity distribution), or its groups would
-        count twice: once as its own, once by way of the text. It is taken out as it was put in, with the score logit
-        of then: with the one of now, more of a weight could be taken than was ever there.
+        A known prompt's own site is removed from the regression (cavity distribution), so that its groups do not count
+        twice. The site is removed with the score logit it was added with: the current logit could remove more weight
+        than was added.
         """
         if not self._cfg.share:
             return features_BF[:, 0].copy(), np.zeros(len(features_BF))
@@ -219,10 +219,10 @@ class Belief:
         return mean_B - site_B * shared_B * error_B / left_B, variance_B + site_B * shared_B**2 / left_B
 
     def _learn_text(self, features_BF, mean_B, precision_B, share: float):
-        """Put the sites of new prompts into the regression; what they replace fades. share: of new ones in the batch.
+        """Add the sites of new prompts to the regression; older evidence fades. share: new prompts / all in the batch.
 
-        A prompt that is met again teaches its text nothing more: the filter kept it for what came of it before, and so
-        it says little of prompts that were never met. With all groups, the text's R² fell from 0.6 to 0.2 in a replay.
+        A prompt that is met again adds nothing. The filter kept it because of its earlier groups, so it says little
+        about prompts that were never met. When all groups counted, the text's R² fell from 0.6 to 0.2 in a replay.
         """
         if features_BF.shape[1] > 2:
             estimate = np.mean(self._weights_F[2:] ** 2 + np.diag(self._covariance_FF)[2:])
@@ -236,7 +236,7 @@ class Belief:
         self._solve()
 
     def _solve(self):
-        """Compute the weights' mean and covariance from what the sites have said."""
+        """Compute the weights' mean and covariance from their prior and the sites added so far."""
         prior_F = np.full(len(self._center_F), 1 / self._weight_variance)
         prior_F[:2] = 1 / SCALE, 1 / BIAS
         self._covariance_FF = np.linalg.inv(self._information_FF + np.diag(prior_F))
@@ -245,22 +245,22 @@ class Belief:
     # ── The prompts ──
 
     def _own(self, known: Evidence) -> Evidence:
-        """Return the prompts' own evidence, none where the text alone is to count."""
+        """Return the prompts' own evidence; empty evidence if kappa is inf, because then only the text counts."""
         return no_evidence(len(known.site_at)) if self._cfg.kappa == "inf" else known
 
     def _sites(self, mean_B, variance_B, evidence: Evidence):
-        """Return mean_B and precision_B of the normal that stands for what the evidence says of x."""
+        """Return mean_B and precision_B of the normal factor over x that approximates the evidence (its site)."""
         prior_B = variance_B + self.spread
         found_B, left_B = moments(*posterior(mean_B, prior_B, evidence))
         precision_B = np.maximum(1 / left_B - 1 / prior_B, PRECISION_MIN)
         return (found_B / left_B - mean_B / prior_B) / precision_B, precision_B
 
     def _fit_spread(self, mean_B, variance_B, site_mean_B, site_precision_B, new_B):
-        """One step of Fisher scoring of τ², from the sites of new prompts.
+        """Make one step of Fisher scoring of τ², from the sites of new prompts.
 
-        A site's mean has the variance τ² + e around what the text says, e = 1/precision + the text's own variance;
-        τ² ← Σ w·((site − mean)² − e) / Σ w with w = 1/(τ² + e)², faded. Met again are those that the filter kept for
-        what it knew of their r: they would make the spread too small.
+        A site's mean has variance τ² + e around the text's prediction, e = 1/precision + the prediction's variance.
+        τ² ← Σ w·((site − mean)² − e) / Σ w with w = 1/(τ² + e)² and fading sums. Prompts that are met again are left
+        out: the filter kept them because of what it knew about their r, so they would make τ² too small.
         """
         error_B = (1 / site_precision_B + variance_B)[new_B]
         weight_B = 1 / (self.spread + error_B) ** 2
@@ -272,7 +272,7 @@ class Belief:
     # ── The ability ──
 
     def _follow(self, x_BQ, weights_BQ, successes_B, samples_B):
-        """Move the ability to its posterior mean, from how these groups differ from what was believed of them."""
+        """Move the ability to its posterior mean, given these groups and what was predicted for their prompts."""
         failures_B = samples_B - successes_B
 
         def log_posterior(shift_D):
@@ -287,7 +287,7 @@ class Belief:
             return log_D + np.logaddexp(walk_D, jump_D)
 
         shift_D = np.linspace(-4.0, 4.0, 33)
-        for _ in range(2):  # coarse, then fine around what the coarse pass found
+        for _ in range(2):  # first coarse, then fine around the coarse result
             log_D = log_posterior(shift_D)
             weights_D = np.exp(log_D - log_D.max())
             weights_D /= weights_D.sum()
@@ -300,7 +300,7 @@ class Belief:
     # ── State ──
 
     def state_dict(self) -> dict:
-        """Return all that can change a later belief, as copies."""
+        """Return copies of everything that can change a later belief."""
         return {
             "ability": [self.ability, self._ability_variance],
             "spread": [self._spread_sum, self._spread_weight],
@@ -312,7 +312,7 @@ class Belief:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up a state_dict(); ValueError naming missing or unexpected fields, or where the features are others."""
+        """Restore a state_dict(). Raise ValueError if its fields or its number of text features differ."""
         expected = set(self.state_dict())
         if set(state) != expected:
             raise ValueError(f"belief: fields {sorted(set(state) ^ expected)} are missing or unexpected.")

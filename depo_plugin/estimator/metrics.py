@@ -1,4 +1,4 @@
-"""What is logged each step: names with units, how well predictions matched outcomes, and the JSON-lines file.
+"""The metrics of each step: their names and units, how well predictions matched outcomes, and the JSON-lines file.
 
 Suffix: B = groups of one step.
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Every metric the estimator returns, without its prefix "depo/". One that is undefined in a step (no prompt was
-# scanned, one class only) is left out of that step, so that no logger ever meets a NaN.
+# Every metric that the estimator returns, without its prefix "depo/". A metric that is undefined in a step (no prompt
+# was scanned, only one class occurred) is left out of that step, so that no logger gets a NaN.
 NAMES = {
     "scanned": "prompts scored to plan the batches that this step's groups come from",
     "kept": "groups of this step that were planned by the filter",
@@ -41,6 +41,7 @@ NAMES = {
     "grad_norm": "norm of the estimator's gradient before clipping",
     "updates": "total of steps the estimator had learned from before this one",
     "empty_steps": "total of steps without a label to learn from",
+    "labels_dropped": "total of groups that are not learned from, because a score is NaN or infinite",
     "unmatched": "groups of this step whose decision was not on record (weight 1)",
     "kept/SOURCE": "prompts of that data source kept since the last step; these three with two or more data sources",
     "rejected/SOURCE": "prompts of that data source rejected since the last step",
@@ -52,14 +53,14 @@ NAMES = {
 
 
 def _ranks(x_B: np.ndarray) -> np.ndarray:
-    """Return the ranks 1..B of x_B, ties sharing their mean rank."""
+    """Return the ranks 1..B of x_B. Equal values get their mean rank."""
     _, inverse, counts = np.unique(x_B, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[inverse]
 
 
 def auc(score_B: np.ndarray, positive_B: np.ndarray) -> float | None:
-    """Return P(score of a positive > score of a negative), ties counting half; None where one class is empty.
+    """Return P(score of a positive > score of a negative), ties counting half. Return None if a class is empty.
 
     Source: the Mann-Whitney U statistic, U = R₊ − n₊(n₊ + 1)/2, AUC = U / (n₊·n₋), R₊ the positives' rank sum.
     """
@@ -78,7 +79,7 @@ def brier(p_B: np.ndarray, y_B: np.ndarray) -> float:
 
 
 def spearman(x_B: np.ndarray, y_B: np.ndarray) -> float | None:
-    """Return the rank correlation in [-1, 1]; None where either side is constant."""
+    """Return the rank correlation in [-1, 1], or None if x or y is constant."""
     middle = (len(x_B) + 1) / 2
     x, y = (_ranks(np.asarray(v, np.float64)) - middle for v in (x_B, y_B))
     scale = math.sqrt(float(x @ x) * float(y @ y))
@@ -86,10 +87,10 @@ def spearman(x_B: np.ndarray, y_B: np.ndarray) -> float | None:
 
 
 def prediction_metrics(p_B: np.ndarray, v_B: np.ndarray, y_B: np.ndarray, signal_B: np.ndarray) -> dict[str, float]:
-    """Compare what was predicted before learning with what came; undefined ones are left out.
+    """Return the metrics that compare predictions made before learning with outcomes; undefined ones are left out.
 
     p_B: predicted pass rates; v_B: predicted chances of any signal; y_B: observed pass rates, all in [0, 1];
-    signal_B: whether the group's rewards differed. B ≥ 1.
+    signal_B: whether the group's rewards differ. B ≥ 1.
     """
     found = {
         "pred_mean": float(np.mean(p_B)),
@@ -104,7 +105,7 @@ def prediction_metrics(p_B: np.ndarray, v_B: np.ndarray, y_B: np.ndarray, signal
 
 
 def append_whole(file: io.FileIO, data: bytes) -> None:
-    """Append data to an unbuffered file, or nothing of it where the disk is full (OSError)."""
+    """Append data to an unbuffered file. Raise OSError, with nothing appended, if the disk is full."""
     end = file.seek(0, os.SEEK_END)
     try:
         while data:
@@ -115,16 +116,16 @@ def append_whole(file: io.FileIO, data: bytes) -> None:
 
 
 class MetricsFile:
-    """A file of one JSON object per line; an append is whole, on its way to the disk when it returns, or undone."""
+    """A file with one JSON object per line. An append writes the whole line before it returns, or nothing."""
 
     def __init__(self, path: Path):
-        """Take the path; folder and file are made by the first append."""
+        """Take the path. The first append creates folder and file."""
         self.path = Path(path)
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add one line. Values that are not finite become null, which JSON has and NaN is not.
+        """Add one line. Values that are not finite become null, because JSON has no NaN.
 
-        Raises OSError where it cannot be written whole.
+        Raise OSError if the whole line cannot be written.
         """
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)

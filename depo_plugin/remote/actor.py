@@ -206,7 +206,8 @@ def create(args, group_size: int, snapshot_root: str, placement_group=None):
         ask_until(actor, "build", timeout_s=BUILD_TIMEOUT_S)
     except BuildError as error:
         ray.kill(actor)
-        raise RuntimeError(f"DEPO: the difficulty estimator cannot be built {error.cause}") from None
+        reason = getattr(error, "cause", error)  # Ray raises a class of both: its text has the actor's whole traceback
+        raise RuntimeError(f"DEPO: the difficulty estimator cannot be built {reason}") from None
     except RayError as error:
         logger.warning(
             "DEPO: the difficulty estimator is not ready after %d s (%s). Training starts without it; prompts are "

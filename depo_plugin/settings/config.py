@@ -34,7 +34,7 @@ from depo_plugin.settings.value_kinds import (
 from depo_plugin.settings.yaml_io import YamlError, dump, flag_value, read_file, show
 
 SWITCH_FLAG, BASE_FLAG = "--advantage_estimator", "--algo.advantage.estimator"
-# Settings that are gone, with what a launch or file that still names one is told.
+# Removed setting -> error text for a launch or file that still uses it.
 GONE = {
     "filter.budget": "is gone. An episode has as many steps as without DEPO; for fewer, lower --train.num_episodes.",
     "filter.expected_keep_rate": "is gone with the budget that it belonged to. For fewer steps, lower "
@@ -55,7 +55,7 @@ class ConfigError(ValueError):
 
 
 def setting(default: Any, help: str, kind: Kind) -> Any:
-    """A dataclass field that carries its one-line help and what it may be."""
+    """Return a dataclass field with its one-line help and the kind of values that it may have."""
     return field(default=default, metadata={"help": help, "kind": kind})
 
 
@@ -71,7 +71,7 @@ class FilterConfig:
     min_utility: float = setting(0.5, "utility: least chance that a group has any signal", FRACTION)
     epsilon: float = setting(0.02, "exploration: chance that a rejected prompt is kept anyway", FRACTION)
     warmup_steps: int = setting(5, "estimator updates during which every prompt is kept", integer(0))
-    max_scan: int = setting(8, "prompts scanned for one batch at most, in batches", integer(1))
+    max_scan: int = setting(8, "most prompts scanned for one batch, as a multiple of the batch size", integer(1))
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class LabelsConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """What becomes of OpenRLHF's advantages."""
+    """How advantages are computed and weighted."""
 
     base: str | None = setting(
         None,
@@ -104,7 +104,7 @@ class EstimatorConfig:
         "frozen", "embed each prompt once (frozen) or train the encoder, too (finetune)", choice("frozen", "finetune")
     )
     model: str | None = setting(None, "encoder, path or hub name (none: the bundled all-MiniLM-L6-v2)", or_none(TEXT))
-    depth: float = setting(0.67, "share of the encoder's layers that is used, from its input on", SHARE)
+    depth: float = setting(0.67, "share of the encoder's layers that is used; its last layers are dropped", SHARE)
     max_length: int = setting(512, "tokens of a prompt that are read, counted from its end", integer(8))
     lr: float = setting(5e-4, "learning rate of the heads", POSITIVE)
     encoder_lr_ratio: float = setting(0.2, "the encoder's learning rate, as a multiple of lr", NOT_NEGATIVE)
@@ -114,28 +114,28 @@ class EstimatorConfig:
         None, "padded tokens per forward pass (none: 1024 on a CPU, 8192 on a GPU)", or_none(integer(1))
     )
     dtype: str = setting(
-        "auto", "precision of the encoder's computing (auto: the faster one here)", choice("auto", "fp32", "bf16")
+        "auto", "precision of the encoder (auto: the faster one on this machine)", choice("auto", "fp32", "bf16")
     )
     num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
     num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
     timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
     updates_per_step: int = setting(1, "optimizer steps of the estimator per training step", integer(0))
-    replay: int = setting(256, "recent groups that updates learn from again (0: none, the paper)", integer(0))
+    replay: int = setting(256, "recent groups that each update learns from again (0: none, the paper)", integer(0))
 
 
 @dataclass(frozen=True)
 class HistoryConfig:
-    """What is remembered of each prompt."""
+    """How a prompt's own past groups count."""
 
-    kappa: float | str = setting("fit", "samples that the text is worth: fitted, inf (text only), or a number", KAPPA)
-    discount: float = setting(0.998, "evidence kept per estimator update since a prompt was last seen", SHARE)
+    kappa: float | str = setting("fit", "samples that the text counts as: fit, inf (text only), or a number", KAPPA)
+    discount: float = setting(0.998, "share of evidence kept per estimator update since a prompt was last seen", SHARE)
     drift: bool = setting(True, "let all beliefs follow the policy's ability", SWITCH)
     share: bool = setting(True, "let similar prompts share evidence (a regression on the text's embedding)", SWITCH)
 
 
 @dataclass(frozen=True)
 class DepoConfig:
-    """All settings; each part is given its own branch."""
+    """All settings. Each part of the package is given only its own branch."""
 
     filter: FilterConfig = field(default_factory=FilterConfig)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
@@ -145,20 +145,20 @@ class DepoConfig:
 
 
 class Setting(NamedTuple):
-    """One leaf of the tree. key: "filter.low"."""
+    """One leaf of the tree."""
 
-    key: str
-    default: Any
-    kind: Kind
-    help: str
+    key: str  # section and name: "filter.low"
+    default: Any  # used if neither a flag nor a file sets it
+    kind: Kind  # the values that it may have
+    help: str  # one line, for --help and YAML comments
 
     @property
     def flag(self) -> str:
-        """Its spelling on the command line."""
+        """Its flag on the command line: "--depo.filter.low"."""
         return f"--depo.{self.key}"
 
 
-SECTIONS = {part.name: part.default_factory for part in fields(DepoConfig)}
+SECTIONS: dict[str, Any] = {part.name: part.default_factory for part in fields(DepoConfig)}
 _ALL = (
     Setting(f"{section}.{leaf.name}", leaf.default, leaf.metadata["kind"], leaf.metadata["help"])
     for section, part in SECTIONS.items()
@@ -167,13 +167,13 @@ _ALL = (
 SETTINGS = {leaf.key: leaf for leaf in _ALL}
 
 
-# Values in: every one is (value, source), source "" for a flag, else the name of the file.
+# Reading values. Each one is (value, source): source is "" for a flag, else the name of the file.
 
 
 def load_config(yaml_path: str | None, overrides: Mapping[str, Any]) -> DepoConfig:
-    """Defaults, then the file, then `overrides` ("filter.low": 0.2), checked.
+    """Return the settings: the defaults, changed by the file, then by `overrides` ("filter.low": 0.2).
 
-    yaml_path: a file, the bare name of a shipped preset ("depo_paper"), or None. Raises ConfigError with all faults.
+    yaml_path: a file, the bare name of a shipped preset ("depo_paper"), or None. Raise ConfigError with all faults.
     """
     faults: list[str] = []
     given: dict[str, tuple[Any, str]] = {}
@@ -191,9 +191,9 @@ def load_config(yaml_path: str | None, overrides: Mapping[str, Any]) -> DepoConf
 
 
 def _read(config: str) -> dict:
-    """The file at that path, else the shipped preset of that name."""
+    """Return the content of the file at that path, else of the shipped preset of that name."""
     path = Path(config)
-    if path.exists() and not path.is_dir():  # so that a pipe will do
+    if path.exists() and not path.is_dir():  # not is_file(): a pipe is allowed
         return read_file(path)
     presets = {preset.stem: preset for preset in sorted(resource_dir("configs").glob("*.yaml"))}
     if (name := config.removesuffix(".yaml")) in presets:
@@ -202,7 +202,7 @@ def _read(config: str) -> dict:
 
 
 def _leaves(tree: Mapping, source: str, faults: list[str]) -> Iterator[tuple[str, Any]]:
-    """The known leaves of a nested mapping; what is not known goes to `faults`."""
+    """Yield key and value of each known setting in a nested mapping; add a line to `faults` for each unknown one."""
     for section, part in tree.items():
         if section not in SECTIONS:
             near = difflib.get_close_matches(str(section), SECTIONS, n=1)
@@ -221,7 +221,7 @@ def _leaves(tree: Mapping, source: str, faults: list[str]) -> Iterator[tuple[str
 
 
 def _unknown(key: str, prefix: str) -> str:
-    """Return what to say of an unknown setting: that it is gone, or what its writer most likely meant."""
+    """Return the error text for an unknown setting: that it was removed, or the most similar known setting."""
     if key in GONE:
         return GONE[key]
     return f"unknown setting. {_suggest(key, prefix)}"
@@ -239,7 +239,7 @@ def _suggest(key: str, prefix: str) -> str:
 
 
 def _build(given: Mapping[str, tuple[Any, str]], faults: list[str]) -> DepoConfig:
-    """The settings, checked; adds to `faults` and raises them all."""
+    """Return the settings. Raise ConfigError with `faults` and all further ones, if there are any."""
     values, bad = {}, set()
     for key, leaf in SETTINGS.items():
         value, source = given.get(key, (leaf.default, "default"))
@@ -275,7 +275,7 @@ def _fix(leaf: Setting, value: Any) -> str:
 
 
 def _clashes(cfg: DepoConfig, named: Callable[[str], str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that do not go together: the keys involved, and the fault."""
+    """Yield the keys and the error text of each combination of settings that is not allowed."""
     keys = ("filter.low", "filter.high", "filter.rule")
     if cfg.filter.rule == "window" and not cfg.filter.low < cfg.filter.high:
         fix = "Lower it, or use --depo.filter.rule utility."
@@ -290,17 +290,17 @@ def _clashes(cfg: DepoConfig, named: Callable[[str], str]) -> Iterator[tuple[tup
 
 
 def whitened(rescale: str, base: str) -> str:
-    """Return the fault of importance weights on advantages that are whitened after them, by both flags and values."""
+    """Return the error text for importance weights with a whitening base. rescale, base: flag and value of each."""
     fix = f"Turn it off, or use --depo.advantage.base {DEFAULT_BASE}."
     return f"{rescale}: cannot go with {base}, which whitens the advantages afterwards. {fix}"
 
 
 def estimator_choice(chosen: list[tuple[str, str]]) -> tuple[bool, str | None]:
-    """Return whether the command line turns DEPO on, and the base that it names (None: none).
+    """Return whether the command line turns DEPO on, and the base that it names (None if it names none).
 
     chosen: every (flag, value) of --advantage_estimator and --algo.advantage.estimator, in the order given. The value
-    `depo` of either flag is the switch, and the other flags of a launch do not turn it off again: they name the base.
-    Only a later --advantage_estimator with another value does, as the last of a repeated flag counts.
+    `depo` of either flag turns DEPO on; any other value names the base. A later --advantage_estimator with another
+    value turns DEPO off again, because the last one of a repeated flag counts.
     """
     on, base = False, None
     for flag, value in chosen:
@@ -313,12 +313,12 @@ def estimator_choice(chosen: list[tuple[str, str]]) -> tuple[bool, str | None]:
 
 
 def with_base(cfg: DepoConfig, named: str | None) -> DepoConfig:
-    """Return the settings with the base that the launch uses. named: by --algo.advantage.estimator, or None."""
+    """Return the settings with the base that the launch uses. named: by --algo.advantage.estimator; None if not."""
     return replace(cfg, advantage=replace(cfg.advantage, base=cfg.advantage.base or named or DEFAULT_BASE))
 
 
 def summary(cfg: DepoConfig, args: Any, named: str | None) -> list[str]:
-    """Return what a launch prints at its start: one line on what DEPO does, one more if a reward model gives scores.
+    """Return the lines a launch prints at its start: what DEPO does, and a warning if a reward model gives scores.
 
     cfg: before with_base; args, named: as in seam.conflicts.
     """
@@ -370,7 +370,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def flag_names() -> list[str]:
-    """Every flag of DEPO."""
+    """Return every flag of DEPO."""
     return ["--depo.config", *(leaf.flag for leaf in SETTINGS.values())]
 
 
@@ -379,14 +379,14 @@ def _unknown_flag(flag: str) -> str:
 
 
 def check_depo_flags(argv: list[str]) -> list[str]:
-    """One line for each --depo* in argv that is not spelled exactly as a flag; argparse would take abbreviations."""
+    """Return one line for each --depo* in argv that is not exactly a flag; argparse would accept abbreviations."""
     known = set(flag_names())
     flags = [word.split("=", 1)[0] for word in argv if word.startswith("--depo")]
     return [_unknown_flag(flag) for flag in flags if flag not in known]
 
 
 def overrides_from_namespace(ns: Any) -> dict[str, Any]:
-    """The settings given as flags: key -> value.
+    """Return the settings given as flags: key -> value.
 
     ns: argparse's own namespace (flat, "depo.filter.low"), or `args.depo` of OpenRLHF's nested one.
     """
@@ -401,7 +401,7 @@ def overrides_from_namespace(ns: Any) -> dict[str, Any]:
     return given
 
 
-# Values out.
+# Writing values.
 
 
 def _assemble(value_of: Callable[[str], Any]) -> DepoConfig:
@@ -413,7 +413,7 @@ def _assemble(value_of: Callable[[str], Any]) -> DepoConfig:
 
 
 def to_dict(cfg: DepoConfig) -> dict[str, dict[str, Any]]:
-    """Nested plain values, fit for JSON and YAML."""
+    """Return the settings as nested plain values, for JSON and YAML."""
     return {
         section: {name: list(value) if isinstance(value, tuple) else value for name, value in part.items()}
         for section, part in asdict(cfg).items()
@@ -421,7 +421,7 @@ def to_dict(cfg: DepoConfig) -> dict[str, dict[str, Any]]:
 
 
 def to_yaml(cfg: DepoConfig) -> str:
-    """A YAML file that gives `cfg`: every setting, with its help as a comment."""
+    """Return a YAML file that gives `cfg`: every setting, with its help as a comment."""
     lines = []
     for section, part in to_dict(cfg).items():
         lines += ["", f"{section}:"]
@@ -431,10 +431,10 @@ def to_yaml(cfg: DepoConfig) -> str:
 
 
 def to_namespace(cfg: DepoConfig) -> SimpleNamespace:
-    """Nested namespaces of plain values: what travels in OpenRLHF's args and unpickles without this package."""
+    """Return nested namespaces of plain values, for OpenRLHF's args: they unpickle without this package."""
     return SimpleNamespace(**{section: SimpleNamespace(**part) for section, part in asdict(cfg).items()})
 
 
 def from_namespace(ns: Any) -> DepoConfig:
-    """The settings that to_namespace wrote; further attributes beside the sections are ignored."""
+    """Return the settings that to_namespace wrote. Other attributes beside the sections are ignored."""
     return _assemble(lambda key: getattr(getattr(ns, key.split(".")[0]), key.split(".")[1]))

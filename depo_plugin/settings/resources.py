@@ -1,4 +1,4 @@
-"""Where the files are that travel with the package: the diffs and the YAML presets."""
+"""Find the files that are shipped with the package: the diffs and the YAML presets."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def resource_dir(name: str) -> Path:
-    """The folder `name` ("patches" or "configs"): inside the package when it was built into a wheel, else beside it.
+    """Return the folder `name` ("patches" or "configs"): in the package if it was built into a wheel, else beside it.
 
-    Raises FileNotFoundError naming both places when neither holds it.
+    Raise FileNotFoundError, with both places, if neither holds it.
     """
     places = [_PACKAGE / name, _PACKAGE.parent / name]
     for place in places:

@@ -1,4 +1,4 @@
-"""What a setting may be: each kind says it in words, and reads a YAML or flag value into the value that is stored."""
+"""The kinds of values that a setting may have. Each kind has a text and a function that reads a YAML or flag value."""
 
 import math
 from collections.abc import Callable
@@ -6,16 +6,12 @@ from typing import Any, NamedTuple
 
 
 class Kind(NamedTuple):
-    """What a setting may be.
+    """The values that a setting may have."""
 
-    allowed: the same in words, after "must be". read: the value as given to the value as stored; ValueError or
-    OverflowError where it is not allowed. metavar: its place in --help. choices: words among the values.
-    """
-
-    allowed: str
-    read: Callable[[Any], Any]
-    metavar: str | tuple[str, ...]
-    choices: tuple[str, ...] = ()
+    allowed: str  # these values in words, to follow "must be"
+    read: Callable[[Any], Any]  # given value -> stored value; raises ValueError or OverflowError if it is not allowed
+    metavar: str | tuple[str, ...]  # what --help shows in place of a value
+    choices: tuple[str, ...] = ()  # the values that are words
 
 
 def _check(ok: bool) -> None:
@@ -24,7 +20,7 @@ def _check(ok: bool) -> None:
 
 
 def number(allowed: str, accept: Callable[[float], bool]) -> Kind:
-    """A finite number that `accept` takes. A bool is an int to Python, never to us."""
+    """Return the kind of a finite number that `accept` allows. A bool is refused, although Python's bool is an int."""
 
     def read(value: Any) -> float:
         _check(isinstance(value, int | float) and not isinstance(value, bool))
@@ -35,7 +31,7 @@ def number(allowed: str, accept: Callable[[float], bool]) -> Kind:
 
 
 def integer(minimum: int) -> Kind:
-    """A whole number of at least `minimum`."""
+    """Return the kind of a whole number of at least `minimum`."""
 
     def read(value: Any) -> int:
         _check(isinstance(value, int) and not isinstance(value, bool) and value >= minimum)
@@ -45,7 +41,7 @@ def integer(minimum: int) -> Kind:
 
 
 def choice(*words: str) -> Kind:
-    """One of some words."""
+    """Return the kind of one of these words."""
 
     def read(value: Any) -> str:
         _check(isinstance(value, str) and value in words)
@@ -55,7 +51,7 @@ def choice(*words: str) -> Kind:
 
 
 def or_none(kind: Kind) -> Kind:
-    """The same, or None: null in YAML, none on the command line."""
+    """Return the kind that also allows None: null in YAML, none on the command line."""
 
     def read(value: Any) -> Any:
         return None if value is None or value in ("none", "null") else kind.read(value)

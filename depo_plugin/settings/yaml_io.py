@@ -1,4 +1,4 @@
-"""YAML for settings, strictly: one reading of numbers for files and flags, and no key twice."""
+"""Strict YAML for settings: files and flags read numbers in the same way, and no key may be set twice."""
 
 import json
 import math
@@ -10,13 +10,13 @@ import yaml
 
 
 class YamlError(ValueError):
-    """A file that cannot be used as settings; the text says where and why."""
+    """The file cannot be used as settings. The text names the line, if known, and the reason."""
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice (PyYAML keeps the last, silently) and reads numbers as people do."""
+    """SafeLoader that refuses a key that is set twice (PyYAML silently keeps the last) and reads 2e-4 as a number."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text if either _Loader or plain YAML 1.1 would read it as something else."""
+    """SafeDumper that quotes a text if _Loader or plain YAML 1.1 would read it as anything but text."""
 
 
 # PyYAML reads YAML 1.1: there 2e-4 is a text (no dot), 1:30 is 90, 010 is 8, and 2026-02-06 is a date.
@@ -45,7 +45,7 @@ for _tag, _pattern in (
 
 
 def parse(text: str) -> Any:
-    """The value of one YAML document, of plain types only. Raises yaml.YAMLError or ValueError."""
+    """Return the value of one YAML document, of plain types only. Raise yaml.YAMLError or ValueError if invalid."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -54,7 +54,7 @@ def parse(text: str) -> Any:
 
 
 def flag_value(text: str) -> Any:
-    """A flag's text, read as YAML reads a value; never None, which stands for a flag that was not given."""
+    """Return a flag's text as YAML reads a value, but never None: argparse uses None if a flag is not given."""
     try:
         value = parse(text)
     except (yaml.YAMLError, ValueError):
@@ -63,15 +63,16 @@ def flag_value(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """One value as YAML, on one line."""
-    style = '"' if isinstance(value, str) and not value.isprintable() else None  # so that line breaks are escaped
-    options = {"default_style": style, "default_flow_style": True, "width": math.inf, "allow_unicode": True}
-    text = yaml.dump(value, Dumper=_Dumper, **options)
+    """Return one value as YAML, on one line."""
+    style = '"' if isinstance(value, str) and not value.isprintable() else None  # quotes escape line breaks
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_style=style, default_flow_style=True, width=math.inf, allow_unicode=True
+    )
     return text.removesuffix("...\n").strip()
 
 
 def show(value: Any) -> str:
-    """A value as an error text or --help shows it; a text in quotes if it would read as something else without."""
+    """Return a value as error texts and --help show it. A text is quoted if YAML would not read it as text."""
     if isinstance(value, list | tuple):
         shown = " ".join(show(item) for item in value)
     elif isinstance(value, str):
@@ -83,7 +84,7 @@ def show(value: Any) -> str:
 
 
 def read_file(path: Path) -> dict:
-    """The mapping that a YAML file holds; {} where it holds nothing but comments. Raises YamlError."""
+    """Return the mapping that a YAML file holds; {} if it holds only comments. Raise YamlError if it is invalid."""
     try:
         tree = parse(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as err:

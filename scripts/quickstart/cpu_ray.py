@@ -1,7 +1,7 @@
-"""A Ray head of our own on a machine without a GPU, and OpenRLHF's launch beside it.
+"""Start a Ray head of our own on a machine without a GPU, and launch OpenRLHF on it.
 
-Nothing of anybody else's is touched: the head has its own port, folder and session, and what is ended is what is in
-that session or carries this run's mark in its environment.
+Other people's processes are not touched. The head has its own port, folder and session; only processes in that
+session, or with this run's mark in their environment, are ended.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ MARK = "DEPO_CPU_RUN"
 
 
 def without_space(folder: Path) -> Path:
-    """Return the folder, or a link to it where its path has a space: Ray splits its workers' command there.
+    """Return the folder, or a link to it if its path has a space: Ray splits its workers' command at spaces.
 
-    The link stays: what DeepSpeed compiled is found again under the same path.
+    The link is not removed, so that the next run finds DeepSpeed's compiled operators under the same path.
     """
     if " " not in str(folder):
         return folder
@@ -40,13 +40,13 @@ VENV = without_space(ROOT / ".venv")
 PYTHON = str(VENV / "bin" / "python")
 PATCHED = VENV / "openrlhf-patched"
 
-# Why each is needed: docs of vLLM's CPU backend and DeepSpeed's accelerators; Ray must not hide "GPUs" it only counts.
+# See the docs of vLLM's CPU backend and DeepSpeed's accelerators. Ray must not hide GPUs that exist only as a count.
 STACK_ENV = {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",  # several processes share few cores: threads that wait for each other cost more
+    "OMP_NUM_THREADS": "1",  # several processes share few cores, and more threads would wait for each other
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TORCH_EXTENSIONS_DIR": str(VENV / "torch_extensions"),
     "TOKENIZERS_PARALLELISM": "false",
@@ -75,7 +75,7 @@ def stack_env(python_path=PATCHED, **extra) -> dict[str, str]:
 
 
 def param_dtype() -> str:
-    """Return bf16, OpenRLHF's default, where this CPU has instructions for it, else fp32: 4 times faster there."""
+    """Return bf16, OpenRLHF's default, if this CPU has instructions for it; else fp32, then 4 times faster."""
     flags = Path("/proc/cpuinfo").read_text().split()
     return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
@@ -106,9 +106,9 @@ def end_own(mark: str, session: int, grace_s: float = 10.0) -> None:
 
 @contextlib.contextmanager
 def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_s: float = 90):
-    """Run a Ray head that counts num_gpus GPUs this machine does not have; gives the environment to launch with.
+    """Run a Ray head that reports num_gpus GPUs although there are none. Yield the environment for the launch.
 
-    Ends every process of the run on leaving, also after an exception or Ctrl-C. RuntimeError if it does not start.
+    At the end, also after an exception or Ctrl-C, end every process of the run. Raise RuntimeError if Ray fails.
     """
     mark = uuid.uuid4().hex
     env = env | {MARK: mark}

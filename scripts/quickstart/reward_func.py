@@ -1,9 +1,9 @@
 """Reward for OpenRLHF (`--reward.remote_url reward_func.py`): 1.0 if the last integer of the answer is the label.
 
-The answer to a prompt that ends in "=" is the rest of its line: a base model goes on with lines of its own. To any
-other prompt, such as one in a chat template, it is the whole response.
+If the prompt ends in "=", the answer is the rest of that line, because a base model goes on with more lines. For any
+other prompt, such as one in a chat template, the answer is the whole response.
 
-DEPO_REWARD_LOG names a file to which every graded sample is appended as one JSON line, for counting what was paid for:
+If DEPO_REWARD_LOG names a file, every graded sample is appended to it as one JSON line, so that they can be counted:
     {"prompt": "47 + 85 =", "label": "132", "response": "132<eos>", "reward": 1.0}
 """
 
@@ -17,7 +17,7 @@ INTEGER = re.compile(r"(?<!\d)-?\d[\d,]*")
 
 
 def response_of(query: str, prompt: str) -> str:
-    """Return what the policy wrote; a query that does not start with its prompt (it was truncated) counts whole."""
+    """Return the policy's response; the whole query if it does not start with its prompt (it was truncated)."""
     return query[len(prompt) :] if query.startswith(prompt) else query
 
 
@@ -27,13 +27,13 @@ def answer_of(response: str, prompt: str) -> str:
 
 
 def last_integer(text: str) -> str | None:
-    """Return the last integer of a text, without thousands separators: "so 1,234." gives "1234"."""
+    """Return the last integer of a text without thousands separators ("so 1,234." gives "1234"), None without one."""
     found = INTEGER.findall(text)
     return found[-1].replace(",", "") if found else None
 
 
 def log(rows: list[dict]) -> None:
-    """Append rows to DEPO_REWARD_LOG with one write, so that lines of concurrent writers never mix."""
+    """Append rows to the file DEPO_REWARD_LOG with one write, so that lines of concurrent writers do not mix."""
     path = os.environ.get("DEPO_REWARD_LOG")
     if not path:
         return
@@ -48,8 +48,8 @@ def log(rows: list[dict]) -> None:
 def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict:
     """Grade a batch of B samples; query = prompt + response, special tokens included.
 
-    Returns `rewards` (B,) and `scores` (B,), both 0.0 or 1.0, and `extra_logs` with `answered` (B,): 1.0 where the
-    answer holds an integer at all.
+    Return `rewards` (B,) and `scores` (B,), both 0.0 or 1.0, and `extra_logs` with `answered` (B,): 1.0 if the answer
+    contains an integer.
     """
     responses = [response_of(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
     answers = [last_integer(answer_of(*pair)) for pair in zip(responses, prompts, strict=True)]

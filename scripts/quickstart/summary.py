@@ -1,4 +1,4 @@
-"""What a quickstart run did: five lines and a picture, from steps.jsonl and rollouts.jsonl of its folder."""
+"""Summarise a quickstart run in five lines and a picture, from steps.jsonl and rollouts.jsonl in its folder."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ def eval_pass_rate(metrics: dict) -> float:
 
 
 def problem_of(prompt: str) -> str:
-    """Return the problem inside a prompt: its last line, after a template's examples."""
+    """Return the problem in a prompt: its last line. A template puts examples before it."""
     return prompt.rpartition("\n")[2]
 
 
@@ -51,7 +51,7 @@ def column(rows: list[dict], name: str) -> list[float]:
 def unfiltered_ratio(rows: list[dict]) -> list[float]:
     """Return the estimated share of groups with signal without the filter, one per row.
 
-    It is ratio / gain. NaN for a row without these metrics, and for a step without any signal: both are 0 there.
+    The share is ratio / gain. It is NaN if a row lacks these metrics, or if no group had a signal: then both are 0.
     """
     pairs = zip(column(rows, "depo/effective_ratio"), column(rows, "depo/effective_gain"), strict=True)
     return [ratio / gain if gain else nan for ratio, gain in pairs]
@@ -74,7 +74,7 @@ def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[st
     groups = training_groups(out, group_size)
     ratio = _mean(map(has_signal, groups))
     if method == "depo":
-        # Decisions lag one update: the last prompts kept unseen are those of the step after the warm-up.
+        # Scores are asked for one batch earlier, so the step after the warm-up still keeps every prompt.
         before, after = steps[: warmup_steps + 1], steps[warmup_steps + 1 :]
         kept = f"{_mean(column(before, 'depo/keep_rate'))} in warm-up, {_mean(column(after, 'depo/keep_rate'))} after"
         ratio = f"{_mean(column(after, 'depo/effective_ratio'))} with the filter, " + (
@@ -101,7 +101,7 @@ def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[st
 
 
 def draw(out: Path, method: str, group_size: int) -> Path:
-    """Draw the run's curves into report.png; return its path."""
+    """Draw the run's curves into report.png and return its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,7 +141,7 @@ def draw(out: Path, method: str, group_size: int) -> Path:
 
 
 def report(out: Path, method: str, warmup_steps: int, group_size: int) -> None:
-    """Print the five lines and the paths of what to look at."""
+    """Print the five lines, and the paths of the picture and the metrics."""
     print()
     print("\n".join(lines(out, method, warmup_steps, group_size)))
     print(f"\nreport   {draw(out, method, group_size)}")

@@ -1,11 +1,11 @@
-"""Write the quickstart's arithmetic ladder as JSONL files for OpenRLHF: `python tasks.py --out DIR`.
+"""Write the quickstart's arithmetic problems as JSONL files for OpenRLHF: `python tasks.py --out DIR`.
 
 Each line has `input` (the prompt), `label` (the answer) and `datasource` (the level):
     {"input": "47 + 85 =", "label": "132", "datasource": "add-2digit"}
 
-A level is an operation and the digits of its operands, so its difficulty can be read off the text. About a third of
-the problems are easy for the model in `tiny/`, a third are out of its reach, and the rest lie between: most groups
-of an unfiltered batch teach nothing.
+A level is an operation and the digits of its operands, so the text shows how difficult a problem is. About a third of
+the problems are easy for the model in `tiny/`, a third are too hard, and the rest lie between. So most groups of an
+unfiltered batch teach nothing.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-EVAL_SHARE = 0.1  # of all problems there are; the other nine tenths are for training
+EVAL_SHARE = 0.1  # share of all possible problems that is for evaluation; the others are for training
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ HOPELESS = (
     Level("mul-4digit", "*", (4, 4)),
 )
 LEVELS = EASY + MIDDLE + HOPELESS
-LADDERS = {  # by policy; smollm2 does one-digit sums and little more
+LADDERS = {  # levels by policy; smollm2 solves one-digit sums and little more
     "tiny": LEVELS,
     "smollm2": (Level("add-1digit", "+", (1, 1)), *EASY, *MIDDLE[:2], *HOPELESS[:2]),
 }
@@ -55,7 +55,7 @@ _APPLY = {"+": sum, "*": math.prod, "-": lambda operands: operands[0] - sum(oper
 
 
 def draw(level: Level, rng: random.Random) -> list[int]:
-    """Draw the operands of one problem, uniform over their digits; a difference is never negative."""
+    """Return random operands of one problem, uniform over numbers with these digits. A difference is not negative."""
     operands = [rng.randrange(10 ** (d - 1), 10**d) for d in level.digits]
     if level.op != "-":
         return operands
@@ -74,17 +74,17 @@ def answer_of(level: Level, operands: list[int]) -> str:
 
 
 def is_eval(level: Level, operands: list[int]) -> bool:
-    """Say whether a problem belongs to the evaluation split, whatever the seed.
+    """Return whether a problem belongs to the evaluation split. This does not depend on the seed.
 
-    A hash of the problem decides, so no seed, size or run can leak one into the other; operands are sorted first, so
-    that 47 + 85 and 85 + 47 fall on the same side.
+    A hash of the problem decides, so a problem is in the same split for every seed, size and run. Operands are sorted
+    first, so that 47 + 85 and 85 + 47 are in the same split.
     """
     digest = hashlib.blake2b(f"{level.op}{sorted(operands)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < EVAL_SHARE
 
 
 def draw_in_split(level: Level, rng: random.Random, *, evaluation: bool) -> list[int]:
-    """Draw operands until they fall into the split asked for."""
+    """Return random operands of a problem in the wanted split."""
     while True:
         operands = draw(level, rng)
         if is_eval(level, operands) == evaluation:
@@ -92,13 +92,13 @@ def draw_in_split(level: Level, rng: random.Random, *, evaluation: bool) -> list
 
 
 def quotas(count: int, levels: int) -> list[int]:
-    """Share `count` problems out evenly over so many levels; they add up exactly."""
+    """Return the number of problems for each level: as even as possible, with `count` as their sum."""
     ends = [count * i // levels for i in range(levels + 1)]
     return [end - start for start, end in pairwise(ends)]
 
 
 def level_rows(level: Level, count: int, rng: random.Random, *, evaluation: bool) -> list[dict[str, str]]:
-    """Return `count` different problems of a level as rows of the JSONL file."""
+    """Return `count` different problems of a level as rows of the JSONL file. Raise ValueError if it has fewer."""
     rows: dict[str, dict[str, str]] = {}
     for _ in range(100 * count):
         if len(rows) == count:
@@ -113,7 +113,7 @@ def level_rows(level: Level, count: int, rng: random.Random, *, evaluation: bool
 
 
 def make_split(count: int, seed: int, *, evaluation: bool, levels: tuple[Level, ...] = LEVELS) -> list[dict[str, str]]:
-    """Return `count` different problems, evenly of all levels, in random order."""
+    """Return `count` different problems, evenly from all levels, in random order."""
     rng = random.Random(f"{seed}/{'eval' if evaluation else 'train'}")
     shares = zip(levels, quotas(count, len(levels)), strict=True)
     rows = [row for level, quota in shares for row in level_rows(level, quota, rng, evaluation=evaluation)]
