@@ -1,17 +1,16 @@
-"""The actors that play OpenRLHF's trainer in test_startup.py; a module of its own, for Ray's workers import it."""
+"""The actors that play OpenRLHF's trainer in test_startup.py; a module of its own, because Ray's workers import it."""
 
 import importlib.util
 import logging
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
+from numbered_pool import inner_loader
+from remote_run import BATCH, POOL, draw, rolled_out
 
-from depo_plugin import hooks
+from depo_plugin import hooks, seam
 from depo_plugin.remote import handle as remote_handle
 
-POOL, BATCH, GROUP = 24, 4, 4
 OPENRLHF = Path(importlib.util.find_spec("openrlhf").origin).parent
 
 
@@ -25,19 +24,6 @@ class Site:
         vars(self).update(parts)
 
 
-class Prompts:
-    """A pool; prompt i is "prompt i", its label "label i"."""
-
-    def __len__(self):
-        return POOL
-
-    def __getitem__(self, i):
-        return "source", f"prompt {i}", f"label {i}", None
-
-    def collate_fn(self, items):
-        return tuple(list(column) for column in zip(*items, strict=True))
-
-
 class Process:
     """A process of OpenRLHF's: calls by name, in its own copy of hooks. What it logs at warning level is kept."""
 
@@ -49,43 +35,23 @@ class Process:
         remote_handle.actor_name = lambda: name
 
     def prepare(self):
-        dataset = Prompts()
-        inner = SimpleNamespace(dataset=dataset, collate_fn=dataset.collate_fn)
-        path = OPENRLHF / hooks.SITES["prepare_datasets"]
-        self.loader, _ = hooks.wrap_loader(self.args, inner, 60, str(path))
+        path = OPENRLHF / seam.SITES["prepare_datasets"]
+        self.loader, _ = hooks.wrap_loader(self.args, inner_loader(POOL), 60, str(path))
 
     def attach(self, site):
-        hooks.attach(self.args, site, str(OPENRLHF / hooks.SITES[site]))
+        hooks.attach(self.args, site, str(OPENRLHF / seam.SITES[site]))
 
     def load(self, step):
         hooks.load(self.args, {"global_step": step})
 
     def draw(self):
-        """Return the prompts of the next batch."""
-        batch = []
-        while len(batch) < BATCH:
-            try:
-                _, prompts, _, _ = next(self.loader)
-                batch += prompts
-            except StopIteration:
-                iter(self.loader)
-        return batch
+        """Return the prompt numbers of the next batch."""
+        return [draw(self.loader) for _ in range(BATCH)]
 
     def train(self, batch, step):
-        """Take the training step of a batch whose policy solves i % 5 of 4 of prompt i; return its status."""
-        numbers = [int(prompt.split()[1]) for prompt in batch for _ in range(GROUP)]
-        rewards = [float(place % GROUP < i % (GROUP + 1)) for place, i in enumerate(numbers)]
-        experience = SimpleNamespace(
-            index=list(range(len(numbers))),
-            prompts=[f"prompt {i}" for i in numbers],
-            labels=[f"label {i}" for i in numbers],
-            rewards=torch.tensor(rewards),
-            scores=None,
-            action_log_probs=torch.full((len(numbers), 1), -1.0),
-            action_mask=torch.ones(len(numbers), 1, dtype=torch.bool),
-        )
+        """Take the training step of a batch of prompt numbers; return its status."""
         status = {}
-        hooks.observe(self.args, [experience], step)
+        hooks.observe(self.args, [rolled_out(batch)], step)
         hooks.log(self.args, status, step)
         return status
 

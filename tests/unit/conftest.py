@@ -1,15 +1,15 @@
-"""A real Ray of our own and the estimator's actor on it, for the tests of remote.py and of faults.
+"""A real Ray of our own with the estimator's actor on it, for the tests of the remote package and of faults.
 
-Each module has one actor, for starting one takes seconds; its tests count from the updates they find.
+All tests of a module share one actor, because it takes seconds to start; each counts from the updates it finds.
 """
 
 import os
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
+from depo_plugin import hooks
 from depo_plugin.remote import actor as remote_actor
 from depo_plugin.remote import handle as remote_handle
 
@@ -22,7 +22,7 @@ def cluster():
     import ray
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="depo-ray-") as folder:
-        paths = [str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), str(ROOT / "tests" / "helpers"), os.environ.get("PYTHONPATH", "")]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
@@ -41,36 +41,47 @@ def cluster():
 @pytest.fixture(scope="module")
 def args(tmp_path_factory):
     """OpenRLHF's arguments of a run with the tiny encoder."""
+    import remote_run
     import tiny_encoder
-    from test_remote import arguments
 
     folder = tmp_path_factory.mktemp("remote")
-    return arguments(tiny_encoder.write(folder / "encoder"), folder / "ckpt")
+    return remote_run.arguments(tiny_encoder.write(folder / "encoder"), folder / "ckpt")
 
 
 @pytest.fixture(scope="module")
 def actor(cluster, args):
     """The estimator's actor of this module's tests."""
-    from test_remote import GROUP
-
-    from depo_plugin import hooks
-
-    return remote_actor.create(args, GROUP, hooks._snapshot_root(args))
+    return remote_actor.create(args, args.rollout.n_samples_per_prompt, hooks._snapshot_root(args))
 
 
 @pytest.fixture
 def handle(actor):
     """A new handle of this job's estimator, found by its name, as another process finds it."""
-    from test_remote import DEADLINE_S
+    from remote_run import DEADLINE_S
 
     return remote_handle.connect(DEADLINE_S)
 
 
 @pytest.fixture
 def process(monkeypatch, actor, handle):
-    """A process of hooks whose way to the estimator is `handle`."""
-    from depo_plugin import hooks
+    """A process of hooks that reaches the estimator through `handle`."""
+    monkeypatch.setattr(hooks, "_process", hooks.Process(driver_actor=actor, handle=handle))
+    return hooks._process
 
-    fresh = SimpleNamespace(**vars(hooks._process) | {"driver_actor": actor, "handle": handle})
-    monkeypatch.setattr(hooks, "_process", fresh)
-    return fresh
+
+@pytest.fixture
+def start(cluster, monkeypatch, request):
+    """start(args): the actor and a handle of one more estimator, named after the test and killed at its end."""
+    import ray
+    from remote_run import DEADLINE_S
+
+    actors = []
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: request.node.name)
+
+    def start(args):
+        actors.append(remote_actor.create(args, args.rollout.n_samples_per_prompt, hooks._snapshot_root(args)))
+        return actors[-1], remote_handle.connect(DEADLINE_S)
+
+    yield start
+    for made in actors:
+        ray.kill(made)
