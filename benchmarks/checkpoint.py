@@ -59,7 +59,7 @@ def measure(mode: str, root: Path) -> list[dict]:
             start = time.perf_counter()
             ray.get(actor.load.remote(f"global_step{number}"))
             loading.append(time.perf_counter() - start)
-        size = sum(file.stat().st_size for file in (root / f"global_step{number}").iterdir())
+        size = (root / f"global_step{number}.safetensors").stat().st_size
         figures = {"save_s": writing, "load_s": loading}
         rows.append(
             {"mode": mode, "prompts": count, "mb": size / 1e6, "blocked_ms": 1e3 * statistics.median(blocked)}

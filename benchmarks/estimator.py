@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from depo_plugin.estimator.embed import MICRO_BATCH_TOKENS
+from depo_plugin.estimator.backends import MAX_NORM
+from depo_plugin.estimator.embedding_cache import EmbeddingCache
 from depo_plugin.estimator.encoder import load_encoder, token_limit
 from depo_plugin.estimator.estimator import DifficultyEstimator
 from depo_plugin.estimator.heads import DifficultyModel
-from depo_plugin.estimator.history import no_evidence
+from depo_plugin.estimator.history import PromptHistory, no_evidence
 from depo_plugin.estimator.losses import losses
-from depo_plugin.messages import Label, Reason, prompt_key
+from depo_plugin.messages import Label, Reason, Record, prompt_key
 from depo_plugin.settings.config import load_config
 
 GROUP = 8
@@ -146,7 +147,7 @@ class Textbook:
         self.optimizer.zero_grad()
         for part, gradient in zip(parts, logits.grad.split(UPDATE_BATCH, -1), strict=True):
             self._logits(part).backward(gradient)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.max_norm)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
 
 
@@ -156,12 +157,9 @@ class Ours:
     def __init__(self, device: torch.device, cache: Path | None = None, **settings):
         given = {"updates_per_step": 1, "replay": 0} | settings
         cfg = load_config(None, {f"estimator.{name}": value for name, value in given.items()})
-        self.made, self.device = DifficultyEstimator(cfg, GROUP, 0, cache_dir=cache), device
-        self.dtype = self.made.state_dict()["dtype"]
-        if device.type == "cuda":  # without a DeepSpeed engine the estimator stays on the CPU
-            self.made._encoder.to(device)
-            self.made.backend.model.to(device)
-            self.made.backend.device, self.made._micro_batch_tokens = device, MICRO_BATCH_TOKENS["cuda"]
+        with device:  # without a DeepSpeed engine the estimator stays on the device that its weights were made on
+            self.made, self.device = DifficultyEstimator(cfg, GROUP, 0, cache_dir=cache), device
+        self.dtype = self.made.text.state_dict()["dtype"]
 
     def score(self, prompts: list[str]) -> None:
         """Score the prompts."""
@@ -170,9 +168,10 @@ class Ours:
     def update(self, labels: list[Label]) -> None:
         """Record decisions for these labels, then judge and learn from them."""
         decision = {"p": 0.5, "v": 0.9, "q": 1.0, "keep": True, "reason": Reason.PASSED, "share": 1.0}
-        keys = [prompt_key(one.prompt, one.label) for one in labels]
-        self.made.record([decision | {"key": key, "datasource": "x"} for key in keys])
-        self.made.observe(labels)
+        decision |= {"text": ("", ""), "datasource": "x"}
+        self.made.record([Record(prompt_key(one.prompt, one.label), **decision) for one in labels])
+        self.made.judge(labels)
+        self.made.learn(labels)
 
 
 def timed(who, verb: str, given: list) -> tuple[int, float, float]:
@@ -239,13 +238,16 @@ def frozen(device: torch.device, size: int, steps: int) -> list[dict]:
     """Return rows of scoring SCORED and learning from UPDATED random prompts of a pool, medians over steps."""
     with tempfile.TemporaryDirectory() as folder:
         who, rng = Ours(device, cache=Path(folder)), np.random.default_rng(0)
-        prompts, made = pool_prompts(size), who.made
+        prompts, width, state = pool_prompts(size), who.made.text.width, who.made.state_dict()
+        cache = EmbeddingCache(next(Path(folder).iterdir()), width)  # the estimator's, as another process shares it
         for start in range(0, size, CHUNK):
             keys = np.array([prompt_key(prompt, "") for prompt in prompts[start : start + CHUNK]], np.uint64)
-            made._cache.get(keys, lambda missing: rng.standard_normal((len(missing), made._cache._width), np.float32))
+            cache.get(keys, lambda missing: rng.standard_normal((len(missing), width), np.float32))
         met = np.sort(np.array([prompt_key(prompt, ANSWER) for prompt in prompts[::2]], np.uint64))
-        made._belief._history.put(met, no_evidence(len(met)), 0)
-        made._trained = met
+        history = PromptHistory(1.0)
+        history.put(met, no_evidence(len(met)), 0)
+        state["belief"]["history"], state["trained"] = history.state_dict(), met
+        who.made.load_state_dict(state)
         found: dict[str, list] = {verb: [] for verb in VERBS}
         for _ in range(2 + steps):
             drawn = [prompts[i] for i in rng.integers(0, size, SCORED)]

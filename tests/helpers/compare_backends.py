@@ -26,8 +26,12 @@ def main() -> None:
     for number, groups in enumerate(steps):
         if number == 2:
             deepspeed_side.load_state_dict(torch_side.state_dict())
-        rows.append([side.observe(groups) for side in (torch_side, deepspeed_side)])
-    weights = [side.state_dict()["model"] for side in (torch_side, deepspeed_side)]
+        rows.append([])
+        for side in (torch_side, deepspeed_side):
+            judged = side.judge(groups)
+            side.learn(groups)
+            rows[-1].append(judged | side.state_dict()["losses"])
+    weights = [side.state_dict()["text"]["model"] for side in (torch_side, deepspeed_side)]
     distance = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
     scores = [side.score(["7 + 8 ="], ["x"]) for side in (torch_side, deepspeed_side)]
     print(json.dumps({"rows": rows, "distance": distance, "p": [float(s.a[0] / (s.a[0] + s.b[0])) for s in scores]}))

@@ -1,11 +1,18 @@
-"""A random BERT of 2 layers and its WordPiece tokenizer, written as any encoder on disk is; comparing states."""
+"""A random BERT of 2 layers, written as any encoder on disk is, settings for it, and comparing states."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from depo_plugin.estimator import text_model
+from depo_plugin.estimator.estimator import DifficultyEstimator
+from depo_plugin.estimator.heads import DifficultyHeads, DifficultyModel
+from depo_plugin.estimator.text_model import TextModel
+from depo_plugin.settings.config import DepoConfig, EstimatorConfig, HistoryConfig
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 WIDTH = 32
@@ -45,9 +52,32 @@ def write(folder: Path, dropout: float = 0.1, seed: int = 0) -> str:
     return str(folder)
 
 
+def narrow_heads(monkeypatch, hidden=64):
+    """Make heads `hidden` wide instead of 1024: the same layers, 100 times fewer weights."""
+    for part in (DifficultyHeads, DifficultyModel):
+        monkeypatch.setattr(text_model, part.__name__, functools.partial(part, hidden=hidden))
+
+
+def settings(folder, **given):
+    """Return settings of both sections by name: one optimizer step in fp32 and no replay, unless `given` says more."""
+    fixed = {"mode": "finetune", "model": folder, "dtype": "fp32", "updates_per_step": 1, "replay": 0}
+    history = {name: given.pop(name) for name in ("kappa", "discount", "drift", "share") if name in given}
+    return DepoConfig(estimator=EstimatorConfig(**(fixed | given)), history=HistoryConfig(**history))
+
+
+def make_text_model(folder, seed=0, cache_dir=None, **given):
+    """Return a text model of the encoder in `folder`. given: as in settings()."""
+    return TextModel(settings(folder, **given).estimator, seed, cache_dir=cache_dir)
+
+
+def make_estimator(folder, seed=0, group_size=4, cache_dir=None, **given):
+    """Return an estimator of the encoder in `folder`. given: as in settings()."""
+    return DifficultyEstimator(settings(folder, **given), group_size, seed, cache_dir=cache_dir)
+
+
 def weights(made):
-    """Copies of an estimator's weights by name."""
-    return {name: value.clone() for name, value in made.backend.model.state_dict().items()}
+    """Return copies of an estimator's weights by name."""
+    return {name: value.clone() for name, value in made.text.model.state_dict().items()}
 
 
 def assert_same_weights(mine, theirs):

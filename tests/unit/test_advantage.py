@@ -9,7 +9,7 @@ import torch
 
 from depo_plugin.advantage import rescale, weights
 from depo_plugin.loader import DifficultyFilteredLoader
-from depo_plugin.messages import Scores, prompt_key
+from depo_plugin.messages import Reason, Scores, prompt_key
 from depo_plugin.settings.config import FilterConfig
 
 RUNS = 2000
@@ -34,7 +34,7 @@ def test_micro_batches_may_cut_across_groups():
     """Groups of 2: samples 0 1 | 2 3 | 4 5, packed by length into 5 0 3 and 4 1 2."""
     micro_batches = [experience([5, 0, 3]), experience([4, 1, 2], action_count=1)]
     tensors = [micro_batch.advantages for micro_batch in micro_batches]
-    rescale(micro_batches, torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64), 2)
+    rescale(micro_batches, np.array([1.0, 10.0, 100.0]), 2)
     assert [m.advantages[:, 0].tolist() for m in micro_batches] == [[600.0, 1.0, 40.0], [500.0, 2.0, 30.0]]
     assert torch.equal(tensors[0][:, 0], tensors[0][:, 2])
     assert all(m.advantages is tensor for m, tensor in zip(micro_batches, tensors, strict=True))  # in place
@@ -79,7 +79,7 @@ def planned(seed, **cfg):
         inner, pool, FilterConfig(**cfg), batch_size=BATCH_SIZE, group_size=8, seed=seed, num_episodes=1
     )
     next(loader)
-    return [record for record in pool.records if record["keep"]]
+    return [record for record in pool.records if record.keep]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def batches():
 
 def estimates(batches, weight):
     """Return the mean of w·g of each batch, (RUNS,)."""
-    return np.array([np.mean([weight(r) * GRADIENT[NUMBER[r["key"]]] for r in batch]) for batch in batches])
+    return np.array([np.mean([weight(r) * GRADIENT[NUMBER[r.key]] for r in batch]) for batch in batches])
 
 
 def z_score(sample):
@@ -103,7 +103,7 @@ def test_weighted_gradients_are_unbiased_for_the_unfiltered_stream(batches):
     """|z| < 3.5 over 2,000 batches, whose standard error is below 0.8% of the mean."""
     assert len(batches) == RUNS
     assert {len(batch) for batch in batches} == {BATCH_SIZE}
-    weighted = estimates(batches, lambda r: weights([r["q"]], [r["share"]]).item())
+    weighted = estimates(batches, lambda r: weights([r.q], [r.share]).item())
     assert weighted.std() / math.sqrt(RUNS) < 0.008 * GRADIENT.mean()
     assert abs(z_score(weighted)) < 3.5
 
@@ -114,15 +114,15 @@ def test_other_weights_are_biased(batches):
     kept/scanned with the last kept one counted, 8/n for share = 7/(n − 1): too large by about (1 − 0.7)/8 = 4%.
     """
     assert z_score(estimates(batches, lambda r: 1.0)) < -10
-    assert estimates(batches, lambda r: 1 / r["q"]).mean() == pytest.approx(GRADIENT.mean() / 0.7, rel=0.03)
-    assert z_score(estimates(batches, lambda r: weights([r["q"]], [r["share"]], clip=1.0).item())) < -10
-    assert z_score(estimates(batches, lambda r: 8 / (7 / r["share"] + 1) / r["q"])) > 4
+    assert estimates(batches, lambda r: 1 / r.q).mean() == pytest.approx(GRADIENT.mean() / 0.7, rel=0.03)
+    assert z_score(estimates(batches, lambda r: weights([r.q], [r.share], clip=1.0).item())) < -10
+    assert z_score(estimates(batches, lambda r: 8 / (7 / r.share + 1) / r.q)) > 4
 
 
 def test_forced_prompts_have_weight_one():
     """Nothing passes, all 8 are forced; a scan that passes some still gives its forced ones 1."""
     for low in (0.999, 0.97):
         kept = planned(0, low=low, high=1.0, epsilon=0.0, warmup_steps=0)
-        forced = [r for r in kept if r["reason"] == "forced"]
+        forced = [r for r in kept if r.reason == Reason.FORCED]
         assert len(forced) >= 4
-        assert weights([r["q"] for r in forced], [r["share"] for r in forced]).tolist() == [1.0] * len(forced)
+        assert weights([r.q for r in forced], [r.share for r in forced]).tolist() == [1.0] * len(forced)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from depo_plugin.estimator import backends, embed, text_model
 from depo_plugin.estimator.encoder import load_encoder
-from depo_plugin.estimator.text_model import Targets, TextModel
+from depo_plugin.estimator.text_model import Targets
 
 CPU = torch.device("cpu")
 COUNT = 20
@@ -27,11 +27,7 @@ def folder(tmp_path_factory):
 def make(folder, monkeypatch):
     """make(dtype="fp32", ...): a text model of the whole tiny encoder, with narrow heads."""
     tiny_encoder.narrow_heads(monkeypatch)
-
-    def build(cache_dir=None, **given):
-        return TextModel(tiny_encoder.settings(folder, depth=1.0, **given).estimator, 0, cache_dir=cache_dir)
-
-    return build
+    return functools.partial(tiny_encoder.make_text_model, folder, depth=1.0)
 
 
 @pytest.fixture(params=["frozen", "finetune"])

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from depo_plugin import __version__, patching
+from depo_plugin import __version__
+from depo_plugin.commands import patching
 from depo_plugin.commands.cli import main
 from depo_plugin.commands.patching import PatchError
 
