@@ -56,6 +56,8 @@ STACK_ENV = {
     "DASHBOARD_METRIC_PORT": "0",
 }
 
+STALE_S = 900  # a compilation takes one to five minutes
+
 # Flags of `ray start` whose default is a fixed port, or a fixed range of ports; 0 takes any free port.
 FREE_PORTS = "--port 0 --min-worker-port 0 --max-worker-port 0 --dashboard-port 0 --dashboard-agent-listen-port 0"
 
@@ -112,6 +114,9 @@ def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_
     """
     mark = uuid.uuid4().hex
     env = env | {MARK: mark}
+    for lock in (VENV / "torch_extensions").glob("*/lock"):  # a compilation that was killed: DeepSpeed waits for ever
+        if time.time() - lock.stat().st_mtime > STALE_S:
+            lock.unlink(missing_ok=True)
     temporary = tempfile.TemporaryDirectory(prefix="depo-ray-", ignore_cleanup_errors=True)
     with temporary as temp_dir, socket.socket() as reserved:
         # Ray's client server does not accept port 0. It can listen on a port that this process has only reserved.
