@@ -79,6 +79,22 @@ class Estimator:
         return [record for batch in self.batches for record in batch]
 
 
+class InProcess:
+    """A DifficultyEstimator as the loader sees it, without Ray. updates: counted by draw()."""
+
+    def __init__(self, made):
+        self.made, self.updates = made, 0
+        self.records = []
+
+    def score_async(self, prompts, labels):
+        scores = self.made.score(prompts, labels)
+        return SimpleNamespace(result=lambda: scores)
+
+    def record(self, records):
+        self.records += records
+        self.made.record(records)
+
+
 def noise(i, updates=0):
     """A pass rate in [0, 1) that is another one after each update."""
     return int.from_bytes(hashlib.blake2b(f"{i} {updates}".encode(), digest_size=4).digest(), "big") / 2**32

@@ -1,4 +1,4 @@
-"""Micro-batches of responses as labels.py and the hooks see them; the real class is in test_labels.py's last test."""
+"""Micro-batches of responses as labels.py and the hooks see them; test_regrouping.py has OpenRLHF's own class."""
 
 from dataclasses import dataclass
 

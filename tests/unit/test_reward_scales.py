@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tiny_encoder
 import torch
-from test_labels import Sample
-from test_loader import inner_loader, number
+from numbered_pool import InProcess, draw, inner_loader
+from rollouts import Sample
 
 from depo_plugin import labels
 from depo_plugin.estimator.estimator import DifficultyEstimator
@@ -31,25 +31,6 @@ FUNCTIONS = {
 }
 
 
-class InProcess:
-    """The estimator as the loader sees it, without Ray."""
-
-    def __init__(self, made):
-        self.made = made
-        self.record = made.record
-
-    def score_async(self, prompts, answers):
-        scores = self.made.score(prompts, answers)
-        return type("Done", (), {"result": lambda _: scores})()
-
-
-def draw(loader):
-    try:
-        return number(next(loader))
-    except StopIteration:
-        return number(next(iter(loader)))
-
-
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return tiny_encoder.write(tmp_path_factory.mktemp("encoder"))
@@ -60,13 +41,14 @@ def test_the_pass_rates_of_a_run_are_learned_whatever_its_rewards_are(name, enco
     reward_range, reward = FUNCTIONS[name]
     cfg = DepoConfig(estimator=EstimatorConfig(model=encoder, dtype="fp32"), filter=FilterConfig(warmup_steps=5))
     made = DifficultyEstimator(cfg, GROUP, 0)
+    handle = InProcess(made)
     loader = DifficultyFilteredLoader(
-        inner_loader(POOL), InProcess(made), cfg.filter, batch_size=BATCH, group_size=GROUP, seed=0, num_episodes=STEPS
+        inner_loader(POOL), handle, cfg.filter, batch_size=BATCH, group_size=GROUP, seed=0, num_episodes=STEPS
     )
     rng = np.random.default_rng(1)
     clipped = 0
     for _ in range(STEPS):
-        batch = [draw(loader) for _ in range(BATCH)]
+        batch = draw(loader, handle, BATCH, BATCH, 0)
         right = torch.tensor(rng.random((BATCH, GROUP)) < TRUE[batch][:, None], dtype=torch.float32).flatten()[:, None]
         formatted = torch.tensor(rng.random((BATCH * GROUP, 1)) < FORMAT, dtype=torch.float32)
         rewards, scores = reward(right, formatted)
@@ -82,7 +64,8 @@ def test_the_pass_rates_of_a_run_are_learned_whatever_its_rewards_are(name, enco
         found = labels.from_experiences([sample], GROUP, reward_range)
         assert (len(found.labels), found.dropped) == (BATCH, 0), "no group is left out"
         clipped += found.clipped
-        made.observe(found.labels)
+        made.judge(found.labels)
+        made.learn(found.labels)
     true = TRUE
     if name == "accuracy plus a small bonus":  # its labels' own truth: the mean score in its range
         true = (TRUE + 0.1 * FORMAT) / 1.1
