@@ -235,7 +235,7 @@ def test_ideal_equals_a_brute_force_posterior():
     groups = [(0.0, 3, 2, 8), (0.4, 3, 8, 8), (1.1, 5, 0, 8), (1.1, 3, 5, 8)]  # ability, prompt, k, n
     for ability, index, k, n in groups:
         policy.ability = ability
-        ideal.observe([label(pool, index, k, n)])
+        ideal.learn([label(pool, index, k, n)])
     policy.ability = 1.5
     scores = ideal._beliefs(np.array([3, 5, 6]))
     for place, index in enumerate((3, 5, 6)):
@@ -257,9 +257,9 @@ def test_ideal_equals_a_brute_force_posterior():
 def test_ideal_counts_a_prompt_twice_where_it_is_twice_in_a_batch():
     pool = make_pool(size=20)
     both, apart = (learners.Ideal(world.Policy(pool, 8, 0)) for _ in range(2))
-    both.observe([label(pool, 3, 2, 8), label(pool, 3, 4, 8)])
-    apart.observe([label(pool, 3, 2, 8)])
-    apart.observe([label(pool, 3, 4, 8)])
+    both.learn([label(pool, 3, 2, 8), label(pool, 3, 4, 8)])
+    apart.learn([label(pool, 3, 2, 8)])
+    apart.learn([label(pool, 3, 4, 8)])
     assert both._beliefs(np.array([3]))[0] == pytest.approx(apart._beliefs(np.array([3]))[0])
 
 
@@ -271,7 +271,7 @@ def test_ridge_is_told_the_logits_of_prompts_met_and_reads_the_others_from_their
     ridge = learners.Ridge(world.Policy(pool, 8, 0), embedding_NE)
     unmet = np.arange(200, 400)
     assert np.ptp(ridge._text_N) == 0
-    ridge.observe([label(pool, i, 4, 8) for i in range(200)])
+    ridge.learn([label(pool, i, 4, 8) for i in range(200)])
     error = ridge._text_N[unmet] - text[unmet]
     assert np.std(error) < 0.2 < 0.9 < np.std(ridge._text_N[unmet] - pool.logit_N[unmet])
     assert ridge._noise == pytest.approx(1.0, abs=0.05)
@@ -294,7 +294,7 @@ def test_beliefs_that_are_no_beta_reach_the_loader_with_their_mean_and_signal():
 def test_history_only_by_hand():
     pool = make_pool(size=20)
     learner = learners.HistoryOnly(world.Policy(pool, 8, 0))
-    learner.observe([label(pool, 3, 2, 8), label(pool, 4, 8, 8)])
+    learner.learn([label(pool, 3, 2, 8), label(pool, 4, 8, 8)])
     # Mean (0.5 + 0.25 + 1) / 3; prompt 3's two successes and six failures faded once.
     mean, kappa = 1.75 / 3, learner.kappa
     a, b = learner._belief(np.array([3, 5]), kappa)
@@ -315,7 +315,7 @@ def test_history_only_fits_kappa():
     rates = rng.beta(2.0, 3.0, size=2000)
     for start in range(0, 2000, 50):
         some = range(start, start + 50)
-        learner.observe([label(pool, i, int(rng.binomial(8, rates[i])), 8) for i in some])
+        learner.learn([label(pool, i, int(rng.binomial(8, rates[i])), 8) for i in some])
     assert 3.5 < learner.kappa < 7
 
 
@@ -325,9 +325,9 @@ def test_history_only_fits_kappa():
 def test_mopps_by_hand():
     pool = make_pool(size=20)
     mopps = bandits.Mopps(world.Policy(pool, 8, 0), 0, decay=0.5)
-    mopps.observe([label(pool, 4, 6, 8)])
+    mopps.learn([label(pool, 4, 6, 8)])
     assert (mopps.a_N[4], mopps.b_N[4]) == (7.0, 3.0)  # 0.5 + 0.5 + 6, 0.5 + 0.5 + 2
-    mopps.observe([label(pool, 4, 0, 8)])
+    mopps.learn([label(pool, 4, 0, 8)])
     assert (mopps.a_N[4], mopps.b_N[4]) == (4.0, 10.0)  # 3.5 + 0.5 + 0, 1.5 + 0.5 + 8
     assert (mopps.a_N[5], mopps.b_N[5]) == (1.0, 1.0)
 
@@ -349,16 +349,16 @@ def test_mopps_takes_the_draws_nearest_one_half():
 def test_dps_by_hand():
     pool = make_pool(size=20)
     dps = bandits.Dps(world.Policy(pool, 8, 0), 0)
-    dps.observe([label(pool, 4, 3, 8)])
+    dps.learn([label(pool, 4, 3, 8)])
     # ξ: a third from each state to "some", so every row is 1, 4/3, 1.
     assert dps.counts_NSS[4] == pytest.approx(np.array([[1, 4 / 3, 1]] * 3))
     assert dps.predicted_NS[4] == pytest.approx(np.array([0.3, 0.4, 0.3]))
     assert dps.predicted_NS[5] == pytest.approx(np.full(3, 1 / 3))
-    dps.observe([label(pool, 5, 0, 8)])
+    dps.learn([label(pool, 5, 0, 8)])
     # Not seen: rows 0.7·4/3 + 0.3 = 1.2333 in the middle.
     assert dps.counts_NSS[4] == pytest.approx(np.array([[1, 0.7 * 4 / 3 + 0.3, 1]] * 3))
     assert dps.predicted_NS[4] == pytest.approx(np.array([1, 1.23333, 1]) / 3.23333, abs=1e-5)
-    dps.observe([label(pool, 4, 8, 8)])
+    dps.learn([label(pool, 4, 8, 8)])
     # ξ(s, all) = belief before, 0.3, 0.4, 0.3; the row of "all" is 1, 0.7·1.23333 + 0.3, 1.3.
     assert dps.counts_NSS[4][:, 2] == pytest.approx([1.3, 1.4, 1.3])
     assert dps.predicted_NS[4] == pytest.approx(np.array([1, 1.163333, 1.3]) / 3.463333, abs=1e-5)
@@ -418,7 +418,7 @@ class Fixed:
     def scanned(self):
         return [(self.index, np.array([0.5, 0.25]), np.array([0.9, 0.1]), np.array([True, False]))]
 
-    def observe(self, labels):
+    def learn(self, labels):
         self.observed += len(labels)
 
 
@@ -454,8 +454,8 @@ def test_reward_unfiltered_is_the_streams_true_mean_where_the_filtered_one_is_no
 
     def factory(setup):
         method = METHODS["depo"][0](setup)
-        observe = method._learner.observe
-        method._learner.observe = lambda labels: rows.append(observe(labels))
+        judged = method._learner.judge
+        method._learner.judge = lambda labels: rows.append(judged(labels))
         return method
 
     pool = make_pool(size=300, steps=80, spread=2.5)
