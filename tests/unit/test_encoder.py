@@ -325,6 +325,7 @@ def test_the_check_refuses_what_loads_but_does_not_embed(unfit, folder, tmp_path
     assert_refused(tmp_path, reason, lambda: encoder_module.check_encoder(str(tmp_path), 0.67, 512))
 
 
+@pytest.mark.slow
 def test_a_hub_name_that_is_not_cached_is_refused_at_once_offline():
     code = "from depo_plugin.estimator.encoder import check_encoder; check_encoder('nobody/has-this', 0.67, 512)"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}

@@ -186,6 +186,7 @@ def test_tiny_tokenizer_round_trips_every_prompt_and_has_a_text_for_every_id(tin
     assert tokenizer.eos_token_id == model.generation_config.eos_token_id != tokenizer.pad_token_id
 
 
+@pytest.mark.slow
 def test_tiny_answers_easy_levels_and_not_the_hopeless_ones(tiny):
     model, tokenizer = tiny
     torch.manual_seed(0)

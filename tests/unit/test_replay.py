@@ -448,6 +448,7 @@ def test_dynamic_pays_for_what_it_rejects():
     assert played.row["coverage"] < 1
 
 
+@pytest.mark.slow
 def test_reward_unfiltered_is_the_streams_true_mean_where_the_filtered_one_is_not(tmp_path):
     """Most of the pool is too hard: what is kept is solved twice as often as the stream it comes from."""
     rows = []

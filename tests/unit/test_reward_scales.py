@@ -36,6 +36,7 @@ def encoder(tmp_path_factory):
     return tiny_encoder.write(tmp_path_factory.mktemp("encoder"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_pass_rates_of_a_run_are_learned_whatever_its_rewards_are(name, encoder):
     reward_range, reward = FUNCTIONS[name]
