@@ -96,7 +96,6 @@ def resolve(args) -> None:
     flags = getattr(args, "depo", None)
     if flags is None:  # add_arguments could not import the settings
         return
-    from depo_plugin import seam
     from depo_plugin.settings import config
 
     on, named = config.estimator_choice(getattr(flags, "chosen", []))
@@ -109,6 +108,8 @@ def resolve(args) -> None:
             )
         del args.depo
         return
+    from depo_plugin import seam
+
     cfg, faults = config.DepoConfig(), []
     try:
         cfg = config.load_config(flags.config, config.overrides_from_namespace(flags))
