@@ -211,8 +211,8 @@ def test_kept_rejected_and_pass_rate_are_told_by_data_source(agent_run):
 
 # ── Synchronous, dynamic filtering after ours, a pool of no whole number of batches, single-sample evaluation ──
 
-POOL_C, EPISODES = 60, 2
-STEPS_C = EPISODES * (POOL_C // BATCH)
+POOL_C = 164  # 20 batches and a rest. In a smaller pool the groups thrown away in warm-up would exceed one extra pass
+STEPS_C = POOL_C // BATCH
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def filtered_run(tmp_path_factory):
             out,
             POOL_C,
             "--algo.dynamic_filtering_enable --depo.advantage.base rloo --depo.filter.epsilon 0.1",
-            f"--train.num_episodes {EPISODES}",
+            "--train.num_episodes 1",
             "--eval.steps 4 --eval.n_samples_per_prompt 1 --ckpt.save_steps 1 --ckpt.max_num 99",
         ),
     )
@@ -236,8 +236,7 @@ def test_dynamic_filtering_after_ours_trains_full_batches_of_groups_with_signal(
     held_out = set(problems(filtered_run.out / "data" / "eval.jsonl"))
     asked = [prompt for prompt in filtered_run.asked if prompt not in held_out]
     states = [client_states(filtered_run.out, f"global_step{row['step']}") for row in filtered_run.steps]
-    assert {row["rollout/num_samples"] for row in filtered_run.steps} == {BATCH * GROUP}  # also the last of a pass
-    assert {state["episode"] for state in states} == set(range(EPISODES))
+    assert {row["rollout/num_samples"] for row in filtered_run.steps} == {BATCH * GROUP}  # also the last of the pass
     drawn = [state["total_consumed_prompts"] for state in states]
     assert all(later - earlier >= BATCH for earlier, later in zip([0, *drawn], drawn, strict=False))
     assert (
@@ -276,6 +275,8 @@ def test_single_sample_evaluation_asks_each_held_out_prompt_once(filtered_run):
 
 # ── Synchronous, everything colocated on one GPU: policy, reference, vLLM and the estimator's DeepSpeed engine ──
 
+POOL_D = 60
+
 
 @pytest.fixture(scope="module")
 def colocated_run(tmp_path_factory):
@@ -284,7 +285,7 @@ def colocated_run(tmp_path_factory):
         out,
         flags(
             out,
-            POOL_C,
+            POOL_D,
             "--train.colocate_all --ds.enable_sleep --algo.kl.init_coef 0.01 --ref.num_gpus_per_node 1",
             "--depo.advantage.base reinforce_baseline --depo.estimator.num_gpus 0.4 --eval.steps -1",
             "--train.num_episodes 1",
