@@ -150,7 +150,7 @@ def test_a_run_killed_at_any_moment_draws_and_learns_what_an_uninterrupted_one_d
     tag = f"global_step{STEPS}"
     mine, its = (checkpoint.load(folder / "checkpoints" / "depo" / tag) for folder in (killed, whole))
     assert its["updates"] == STEPS
-    assert len(its["optimizer"]) >= 10
+    assert len(its["text"]["optimizer"]) >= 10
     assert len(its["belief"]["history"]["keys"]) > 60  # most of the pool was met
     tiny_encoder.assert_same_state(mine, its)
 
