@@ -111,7 +111,7 @@ def labels_of(prompts: list[str]) -> list[Label]:
 
 
 def random_bert(folder: Path, settings: dict) -> None:
-    """Write a BERT with random weights and the bundled encoder's tokenizer. settings: where it is not BERT base."""
+    """Write a BERT with random weights and the bundled encoder's tokenizer. settings: differences from BERT base."""
     source = bundled_encoder()
     torch.manual_seed(SEED)
     BertModel(BertConfig(**settings)).save_pretrained(folder)
@@ -411,7 +411,7 @@ def checkpoints(bench: Bench) -> None:
 
 
 def differences(one, other, path: str = "") -> list[str]:
-    """Return where two states differ: paths of values that are not equal, tensors and arrays bit for bit."""
+    """Return the paths of the values in which two states differ; tensors and arrays are compared bit for bit."""
     if isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other):
         return [found for key in one for found in differences(one[key], other[key], f"{path}/{key}")]
     if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):

@@ -57,8 +57,8 @@ class TextModel:
         """Load the encoder and start with fresh heads.
 
         seed: of the heads' first weights and of dropout; strategy: from backends.deepspeed_strategy() to train in a
-        DeepSpeed engine, None for plain torch on the CPU; cache_dir: where embeddings outlive this object (mode
-        frozen), None for a temporary folder. Raises EncoderError if the encoder cannot be loaded.
+        DeepSpeed engine, None for plain torch on the CPU; cache_dir: folder of the embeddings in mode frozen, which
+        later runs read again, None for a temporary file. Raises EncoderError if the encoder cannot be loaded.
         """
         self._cfg, self._seed, self._cache_dir = cfg, seed, cache_dir
         self._frozen = cfg.mode == "frozen"

@@ -174,7 +174,7 @@ class EstimatorActor:
 def create(args, group_size: int, snapshot_root: str, placement_group=None):
     """Start the estimator's actor, owned by the calling process, and wait until it is placed and built.
 
-    Its process may die meanwhile: Ray restarts it, and what it was asked is asked again. Raises RuntimeError naming
+    If its process dies meanwhile, Ray restarts it, and the same call is sent again. Raises RuntimeError naming
     the settings and what the cluster has free if it cannot be placed in PLACEMENT_TIMEOUT_S, and the reason if it
     cannot be built.
     """

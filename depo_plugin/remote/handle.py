@@ -231,6 +231,6 @@ def ask_until(actor, method: str, *args, timeout_s: float):
 
 
 def last_line(error: Exception) -> str:
-    """Return the last line of an error's text, where Ray puts the reason."""
+    """Return the last line of an error's text. In Ray's errors, that line holds the reason."""
     lines = str(error).strip().splitlines()
     return lines[-1] if lines else type(error).__name__
