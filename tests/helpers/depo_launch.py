@@ -1,23 +1,12 @@
 """A launch as the hooks see it: OpenRLHF's nested arguments, and a stand-in for the way to the estimator."""
 
 import argparse
-from types import SimpleNamespace
+
+from nested_args import nested
 
 from depo_plugin import hooks
 from depo_plugin.remote.handle import DROPPED, TALLY
 from depo_plugin.settings import config
-
-
-def nested(values):
-    """What OpenRLHF's hierarchize() makes of dotted names."""
-    root = SimpleNamespace()
-    for dest, value in values.items():
-        *path, name = dest.split(".")
-        node = root
-        for part in path:
-            node = node.__dict__.setdefault(part, SimpleNamespace())
-        setattr(node, name, value)
-    return root
 
 
 def launch(*flags, **others):

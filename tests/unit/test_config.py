@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nested_args import nested
 
 from depo_plugin import advantage, filter, seam
 from depo_plugin.commands import cli
@@ -45,18 +46,6 @@ def parse(*argv):
     config.add_arguments(parser)
     flat = parser.parse_args(argv)
     return flat, nested(vars(flat)).depo
-
-
-def nested(values):
-    """What OpenRLHF's hierarchize() makes of dotted names."""
-    root = SimpleNamespace()
-    for dest, value in values.items():
-        *path, name = dest.split(".")
-        node = root
-        for part in path:
-            node = node.__dict__.setdefault(part, SimpleNamespace())
-        setattr(node, name, value)
-    return root
 
 
 # ---- The tree
