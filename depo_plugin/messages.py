@@ -92,6 +92,11 @@ class Label:
     n: int
     signal: bool
 
+    @property
+    def key(self) -> int:
+        """The prompt_key of its prompt and label."""
+        return prompt_key(self.prompt, self.label)
+
 
 class Scores(NamedTuple):
     """Beliefs about prompts: Beta(a, b) over each one's pass rate, float64 (B,), after `updates` updates."""

@@ -98,7 +98,7 @@ class DifficultyEstimator:
         kept = self.ledger.take(labels, warn=self.updates >= self._cfg.filter.warmup_steps)
         metrics = prediction_metrics(*self._predicted(labels, kept), y_B, signal_B)
         metrics |= self.ledger.metrics(kept, y_B, signal_B, self._group_size)
-        trained = [prompt_key(label.prompt, label.label) for label in labels if label.d is not None]
+        trained = [label.key for label in labels if label.d is not None]
         self._trained = _with(self._trained, np.array(trained, np.uint64))
         metrics |= self._losses | self._total_metrics() | {"time_score": self._time_score}
         self._time_score = 0.0
@@ -108,7 +108,7 @@ class DifficultyEstimator:
         """Learn from one step's groups: first the belief, then the text model. An empty list changes nothing."""
         if not labels:
             return
-        keys = [prompt_key(label.prompt, label.label) for label in labels]
+        keys = [label.key for label in labels]
         n_B = np.array([label.n for label in labels], np.float64)
         y_B = np.array([label.y for label in labels])
         with torch.set_grad_enabled(self._cfg.estimator.updates_per_step > 0):
@@ -153,7 +153,7 @@ class DifficultyEstimator:
         p_B, v_B = (np.array([getattr(e, name) if e else None for e in kept], np.float64) for name in ("p", "v"))
         lost = np.flatnonzero(np.isnan(p_B))
         if len(lost):
-            keys = [prompt_key(labels[i].prompt, labels[i].label) for i in lost]
+            keys = [labels[i].key for i in lost]
             text = self._text([labels[i].prompt for i in lost])
             a_B, b_B = self.belief.predict(keys, *text, self.updates)
             p_B[lost], v_B[lost] = a_B / (a_B + b_B), signal_probability(a_B, b_B, self._group_size)

@@ -104,7 +104,7 @@ class Ledger:
         """
         found: list[Kept | None] = []
         for label in labels:
-            key = prompt_key(label.prompt, label.label)
+            key = label.key
             entries = self._kept.get(key)
             found.append(entries.popleft() if entries else None)
             if entries is not None and not entries:
