@@ -14,6 +14,8 @@ from depo_plugin import __version__
 COMMANDS = {
     "config": "print the effective DEPO settings",
     "patch": "put the DEPO call sites into OpenRLHF, check them, take them out",
+    "report": "write a page with figures about one run or several",
+    "watch": "show a run in progress in the terminal",
 }
 
 
