@@ -49,7 +49,7 @@ class Scorer:
         start = time.perf_counter()
         a_B = np.resize(np.roll(self._a, self.candidates), len(prompts))
         self.candidates += len(prompts)
-        scores = Scores(a_B, 8.0 - a_B, 1000)
+        scores = Scores(a_B, 8.0 - a_B, np.zeros(len(prompts)), 1000)
         self.seconds += time.perf_counter() - start
         return SimpleNamespace(result=lambda: scores)
 

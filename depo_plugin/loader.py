@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from depo_plugin.filter import Decision, decide, fill_up, keep_all, keep_share, signal_probability
-from depo_plugin.messages import EstimatorHandle, PendingScores, Reason, Record, Scores, prompt_key
+from depo_plugin.filter import Judged, PromptFilter, fill_up, keep_share, record_of
+from depo_plugin.messages import EstimatorHandle, PendingScores, Scores
 from depo_plugin.settings.config import FilterConfig
 from depo_plugin.stream import Item, PromptStream
 
@@ -38,13 +38,11 @@ IDENTITY_FLAGS = {
 
 
 class Candidate(NamedTuple):
-    """A candidate and its decision. p: p̂, v: V; both None without a usable score."""
+    """A candidate, and how it was judged."""
 
     position: int
     item: Item
-    p: float | None
-    v: float | None
-    decision: Decision
+    judged: Judged
 
 
 class Asked:
@@ -85,15 +83,15 @@ class DifficultyFilteredLoader:
         inner: loader whose `dataset[i]` is (datasource, prompt, label, image) and whose `collate_fn` makes a batch of
         such items; it is never iterated. batch_size: prompts drawn for one batch; group_size: responses per prompt
         (G); seed: of the launch; num_episodes: after the last one nothing is scored ahead. Raises ValueError if the
-        pool is empty.
+        pool is empty, RuleError if cfg.rule is a file that cannot be used here.
         """
+        self._filter = PromptFilter(cfg, group_size)
         self._stream = PromptStream(inner.dataset, seed)
         self._collate = inner.collate_fn
         self._digest = self._stream.digest()
         self._estimator = estimator
         self._cfg = cfg
         self._batch_size = batch_size
-        self._group_size = group_size
         self._seed = seed
         self._num_episodes = num_episodes
         pool = len(self._stream)
@@ -195,7 +193,7 @@ class DifficultyFilteredLoader:
             for candidate in self._decided(asked):
                 scanned.append(candidate)
                 self._cursor += 1
-                kept += candidate.decision.keep
+                kept += candidate.judged.decision.keep
                 if kept == self._batch_size:  # the rest stay ahead of the cursor: the next batch asks about them anew
                     break
         forced = kept < self._batch_size
@@ -204,41 +202,28 @@ class DifficultyFilteredLoader:
             self._keep_rate = max(rate, 1 / self._cfg.max_scan)
         share = keep_share(kept, len(scanned), stopped=not forced) if kept else 1.0
         if forced:
-            values = np.array([np.nan if c.v is None else c.v for c in scanned])
-            decisions = fill_up([c.decision for c in scanned], values, self._batch_size - kept)
-            scanned = [c._replace(decision=decision) for c, decision in zip(scanned, decisions, strict=True)]
-        self._queue.extend(c.position for c in scanned if c.decision.keep)
-        self._estimator.record([_record(candidate, share) for candidate in scanned])
+            judged = fill_up([c.judged for c in scanned], self._batch_size - kept)
+            scanned = [c._replace(judged=one) for c, one in zip(scanned, judged, strict=True)]
+        self._queue.extend(c.position for c in scanned if c.judged.decision.keep)
+        self._estimator.record([record_of(*c.item, c.judged, share) for c in scanned])
         self._watch_forced(scanned, forced)
 
     def _decided(self, asked: Asked) -> list[Candidate]:
         """Return the asked candidates with their decisions; they begin at the cursor."""
         positions = range(self._cursor, self._cursor + len(asked.items))
         scores = asked.scores()
-        p_B = v_B = np.full(len(positions), np.nan)
-        if scores is None:
-            decisions = keep_all(len(positions), Reason.UNSCORED)
-        else:
+        if scores is not None:
             self._updates = scores.updates
-            v_B = signal_probability(scores.a, scores.b, self._group_size)
-            total_B = np.asarray(scores.a, np.float64) + scores.b
-            p_B = np.divide(scores.a, total_B, out=p_B, where=~np.isnan(v_B))
-            if scores.updates < self._cfg.warmup_steps:
-                decisions = keep_all(len(positions), Reason.WARMUP)
-            else:
-                uniform_B = np.array([self._stream.uniform(position) for position in positions])
-                decisions = decide(scores.a, scores.b, self._cfg, self._group_size, uniform_B)
-        values = zip(p_B.tolist(), v_B.tolist(), strict=True)
-        known = [(p, v) if v == v else (None, None) for p, v in values]  # NaN: no usable score
-        rows = zip(positions, asked.items, known, decisions, strict=True)
-        return [Candidate(position, item, p, v, decision) for position, item, (p, v), decision in rows]
+        uniform_B = np.array([self._stream.uniform(position) for position in positions])
+        judged = self._filter.judge(scores, [item.datasource for item in asked.items], uniform_B)
+        return [Candidate(*row) for row in zip(positions, asked.items, judged, strict=True)]
 
     def _watch_forced(self, scanned: list[Candidate], forced: bool) -> None:
         """Warn once if FORCED_IN_A_ROW batches in a row had to be filled up."""
         self._forced_in_a_row = self._forced_in_a_row + 1 if forced else 0
         if self._forced_in_a_row != FORCED_IN_A_ROW:
             return
-        p_B = np.array([c.p for c in scanned if c.p is not None])
+        p_B = np.array([c.judged.p for c in scanned if c.judged.p is not None])
         solved, unsolved = np.mean(p_B > 0.8), np.mean(p_B < 0.2)
         logger.warning(
             "DEPO: %d batches in a row were filled up with prompts that --depo.filter.rule %s rejects: too few of the "
@@ -269,8 +254,8 @@ class DifficultyFilteredLoader:
             asked = {"count": len(self._asked.items), "scores": None}
             scores = self._asked.scores()
             if scores is not None:
-                a, b = (np.asarray(x, np.float64).tolist() for x in scores[:2])
-                asked["scores"] = {"a": a, "b": b, "updates": int(scores.updates)}
+                a, b, visits = (np.asarray(x, np.float64).tolist() for x in scores[:3])
+                asked["scores"] = {"a": a, "b": b, "visits": visits, "updates": int(scores.updates)}
         return self._identity() | {
             "pool": len(self._stream),
             "digest": self._digest,
@@ -315,8 +300,10 @@ class DifficultyFilteredLoader:
         if state["digest"] != self._digest:
             self._start_next_pass(state)
         elif (asked := state["asked"]) is not None:
-            scores = asked["scores"]
-            known = Scores(np.array(scores["a"]), np.array(scores["b"]), scores["updates"]) if scores else None
+            known = None
+            if (saved := asked["scores"]) is not None:
+                a, b, visits = (np.array(saved[name], np.float64) for name in ("a", "b", "visits"))
+                known = Scores(a, b, visits, saved["updates"])
             positions = range(self._cursor, self._cursor + asked["count"])
             self._asked = Asked([self._stream.item(position) for position in positions], scores=known)
 
@@ -334,19 +321,3 @@ class DifficultyFilteredLoader:
             len(self._stream),
             self._stream.item(self._cursor).prompt,
         )
-
-
-def _record(candidate: Candidate, share: float) -> Record:
-    """Return the decision on a candidate as it is sent. share: keep_share of its batch."""
-    item, decision = candidate.item, candidate.decision
-    return Record(
-        key=prompt_key(item.prompt, item.label),
-        text=(item.prompt[-200:], item.label[:200]),
-        p=candidate.p,
-        v=candidate.v,
-        q=decision.q,
-        keep=decision.keep,
-        reason=decision.reason,
-        datasource=item.datasource,
-        share=1.0 if decision.reason is Reason.FORCED else share,
-    )

@@ -22,7 +22,7 @@ def make_scores(p_B: np.ndarray, v_B: np.ndarray, updates: int, group_size: int)
         total_B = 10**middle_B
         less_B = signal_probability(p_B * total_B, (1 - p_B) * total_B, group_size) < v_B
         low_B, high_B = np.where(less_B, middle_B, low_B), np.where(less_B, high_B, middle_B)
-    return Scores(p_B * 10**low_B, (1 - p_B) * 10**low_B, updates)
+    return Scores(p_B * 10**low_B, (1 - p_B) * 10**low_B, np.zeros(len(p_B)), updates)
 
 
 class Learner:

@@ -162,17 +162,22 @@ class Belief:
         x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(known))
         return beta_of(sigmoid(x_BQ + self.ability), weights_BQ)
 
+    def visits(self, keys: list[int], now: int) -> np.ndarray:
+        """Return visits_B float64: in how many updates each prompt was learned from."""
+        return self._history.evidence(np.asarray(keys, np.uint64), now).visits
+
     def update(self, keys: list[int], s_B, text_BF, successes_B, samples_B, now: int) -> None:
         """Learn from one step's groups: first the ability, then these prompts' own evidence, then the text weights.
 
         successes_B: y·n, may be fractional; samples_B: n. A prompt may occur twice. Other arguments as in predict().
         """
-        if self._cfg.kappa == "inf" and not (self._cfg.share or self._cfg.drift):
-            return  # as in the paper: only the text counts
         keys_B, first_B, group_B = np.unique(np.asarray(keys, np.uint64), return_index=True, return_inverse=True)
         features_BF = self._features(s_B, text_BF)[first_B]
         successes_B, samples_B = np.bincount(group_B, successes_B), np.bincount(group_B, samples_B)
         before = self._history.evidence(keys_B, now)
+        if self._cfg.kappa == "inf" and not (self._cfg.share or self._cfg.drift):  # as in the paper: only text counts
+            self._history.put(keys_B, before._replace(visits=before.visits + 1), now)
+            return
         mean_B, variance_B = self._text(features_BF, before)
         if self._cfg.drift:
             believed = posterior(mean_B, variance_B + self.spread, self._own(before))

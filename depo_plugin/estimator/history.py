@@ -1,4 +1,4 @@
-"""The evidence of each prompt's own past groups; it fades with time. 76 bytes per prompt.
+"""The evidence of each prompt's own past groups; it fades with time. 80 bytes per prompt.
 
 Suffixes: B = prompts of one call, each once, V = visits.
 """
@@ -13,6 +13,7 @@ FIELDS = {  # name -> dtype and shape of one prompt's entry
     "successes": (np.float32, (VISITS,)),
     "samples": (np.float32, (VISITS,)),
     "ability": (np.float32, (VISITS,)),  # the policy's ability when the visit's groups were made
+    "visits": (np.int32, ()),  # updates that learned from its groups
     "seen": (np.int32, ()),  # number of the update that last added evidence
     "site_mean": (np.float32, ()),  # the normal factor over the logit that was added to the text regression: its mean
     "site_precision": (np.float32, ()),  # and its precision, 0 if none was added (see belief.py)
@@ -32,6 +33,7 @@ class Evidence(NamedTuple):
     site_precision: np.ndarray  # (B,) its precision, 0 if none was added
     site_score: np.ndarray  # (B,) the score logit that it was added with
     site_at: np.ndarray  # (B,) the text clock of belief.py when it was added
+    visits: np.ndarray  # (B,) updates that learned from their groups; never faded
 
     def with_visit(self, successes_B, samples_B, ability: float) -> "Evidence":
         """Return the evidence with one more visit: two neighbours merge, empty ones or those of nearest ability."""
@@ -46,13 +48,14 @@ class Evidence(NamedTuple):
         n[row, first] = total
         left = np.arange(VISITS)[None] + (np.arange(VISITS)[None] > first[:, None])
         return self._replace(
-            **{name: x[row[:, None], left] for name, x in zip(self._fields[:3], (s, n, at), strict=True)}
+            **{name: x[row[:, None], left] for name, x in zip(self._fields[:3], (s, n, at), strict=True)},
+            visits=self.visits + 1,
         )
 
 
 def no_evidence(count: int) -> Evidence:
     """Return the empty evidence of `count` prompts that were never met."""
-    return Evidence(*np.zeros((3, count, VISITS)), *np.zeros((4, count)))
+    return Evidence(*np.zeros((3, count, VISITS)), *np.zeros((5, count)))
 
 
 class PromptHistory:
@@ -83,7 +86,7 @@ class PromptHistory:
         age = np.where(known, now - found["seen"], 0)
         fade = (self._discount**age)[:, None]
         successes, samples = fade * found["successes"], fade * found["samples"]
-        return Evidence(successes, samples, found["ability"], *(found[name] for name in SITE))
+        return Evidence(successes, samples, found["ability"], *(found[name] for name in (*SITE, "visits")))
 
     def put(self, keys_B: np.ndarray, evidence: Evidence, now: int) -> None:
         """Replace the evidence of these prompts, seen at update `now`. keys_B: sorted, each once."""
@@ -95,7 +98,7 @@ class PromptHistory:
             for name, array in self._arrays.items():
                 self._arrays[name] = np.insert(array, at, missing if name == "keys" else 0, axis=0)
         at = np.searchsorted(self._arrays["keys"], keys_B)
-        for name in ("successes", "samples", "ability", *SITE):
+        for name in ("successes", "samples", "ability", "visits", *SITE):
             self._arrays[name][at] = getattr(evidence, name)
         self._arrays["seen"][at] = now
 

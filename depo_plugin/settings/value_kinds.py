@@ -1,6 +1,7 @@
 """The kinds of values that a setting may have. Each kind has a text and a function that reads a YAML or flag value."""
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,6 +49,17 @@ def choice(*words: str) -> Kind:
         return value
 
     return Kind(f"one of {', '.join(words)}", read, "{" + ",".join(words) + "}", words)
+
+
+def choice_or_file(suffix: str, *words: str) -> Kind:
+    """Return the kind of one of these words, or of a file's path, which is made absolute: workers run elsewhere."""
+
+    def read(value: Any) -> str:
+        _check(isinstance(value, str) and (value in words or value.endswith(suffix)))
+        return value if value in words else os.path.abspath(value)
+
+    listed = ", ".join(words)
+    return Kind(f"one of {listed}, or a FILE{suffix}", read, "{" + ",".join([*words, f"FILE{suffix}"]) + "}", words)
 
 
 def or_none(kind: Kind) -> Kind:

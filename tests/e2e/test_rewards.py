@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections import Counter
 from datetime import date, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import fmean
@@ -9,6 +10,7 @@ from statistics import fmean
 import pytest
 from reward_func import answer_of, last_integer, response_of
 from stack import BATCH, GROUP, WITH_QUICKSTART, base_flags, cpu_ray, launch_on
+from summary import read_rows
 
 from depo_plugin.estimator import checkpoint
 
@@ -101,12 +103,14 @@ def test_a_reward_server_that_answers_with_lists_trains_and_teaches(head, server
     assert "advantages by group_norm (the launch names none); filter rule window" in line
 
 
-def test_date_labels_that_a_reward_function_changes_are_matched_and_saved(head, tmp_path):
+@pytest.fixture(scope="module")
+def dated_run(head, tmp_path_factory):
     """In JSONL an ISO date becomes a datetime. The label is a dict, which comes back with one key more."""
-    out = tmp_path / "run"
-    reward = tmp_path / "reward.py"
+    out = tmp_path_factory.mktemp("dates") / "run"
+    reward = out.with_name("reward.py")
     reward.write_text(REWARD)
-    flags = base_flags(out, *SHORT, "--reward.remote_url", str(reward), "--ckpt.save_steps", "3")
+    rule = ["--depo.filter.rule", str(cpu_ray.ROOT / "configs" / "rules" / "quota.py")]
+    flags = base_flags(out, *SHORT, *rule, "--reward.remote_url", str(reward), "--ckpt.save_steps", "3")
     train = out / "data" / "train.jsonl"
     rows = [json.loads(line) for line in train.read_text().splitlines()]
     rows = [row for row in rows if 0 <= int(row["label"]) < 10_000]
@@ -114,11 +118,24 @@ def test_date_labels_that_a_reward_function_changes_are_matched_and_saved(head, 
         row["label"] = {"day": f"{DAY_0 + timedelta(days=int(row['label']))} 00:00:00"}
     assert len(rows) >= STEPS * BATCH
     train.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = launch_on(head, out, flags)
-    assert_learned(run)
+    return launch_on(head, out, flags)
+
+
+def test_date_labels_that_a_reward_function_changes_are_matched_and_saved(dated_run):
+    assert_learned(dated_run)
     for step in (3, 6):
-        state = checkpoint.load(out / "checkpoints" / "depo" / f"global_step{step}")
+        state = checkpoint.load(dated_run.out / "checkpoints" / "depo" / f"global_step{step}")
         assert state["updates"] == step
         texts = [label for _, label, *_ in state["recent"]]
         assert len(texts) == step * BATCH
         assert all(text.startswith("{'day': datetime.datetime(20") for text in texts), texts[0]
+
+
+def test_a_rule_of_the_users_own_decides_in_the_launch(dated_run):
+    """configs/rules/quota.py: of the useful prompts 25% of add-2digit, all of sub-2digit, 50% of the others."""
+    groups = read_rows(dated_run.out / "model" / "depo" / "groups.jsonl")
+    assert Counter(group["step"] for group in groups) == dict.fromkeys(range(1, STEPS + 1), BATCH)
+    planned = [group for group in groups if group["reason"] == "passed"]
+    assert len(planned) > BATCH
+    share = {"add-2digit": 0.25, "sub-2digit": 1.0}
+    assert all(group["v"] >= 0.5 and group["q"] == share.get(group["source"], 0.5) for group in planned)

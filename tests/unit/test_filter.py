@@ -8,9 +8,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depo_plugin.filter import RULES, Decision, decide, fill_up, keep_all, keep_share, signal_probability
-from depo_plugin.messages import Reason
-from depo_plugin.settings.config import SETTINGS, FilterConfig
+from depo_plugin.filter import (
+    Decision,
+    Judged,
+    PromptFilter,
+    beliefs_of,
+    decide,
+    fill_up,
+    keep_share,
+    signal_probability,
+)
+from depo_plugin.messages import Reason, Scores
+from depo_plugin.rules import rule_of
+from depo_plugin.settings.config import FilterConfig
 
 WINDOW = FilterConfig(rule="window", low=0.25, high=0.75, epsilon=0.1)
 
@@ -33,6 +43,14 @@ def u(p, group_size):
 def beliefs(*p, strength=8.0):
     p = np.array(p)
     return strength * p, strength * (1 - p)
+
+
+def decided(a, b, cfg, uniform, group_size=8):
+    """The decisions of a rule on these beliefs, all of them usable."""
+    scores = Scores(np.asarray(a), np.asarray(b), np.zeros(len(a)), 99)
+    usable, known = beliefs_of(scores, ["source"] * len(a), group_size)
+    assert usable.all()
+    return decide(rule_of(cfg)(known), cfg.epsilon, np.asarray(uniform))
 
 
 evidence = st.one_of(st.floats(1e-6, 1e6), st.floats(0.01, 50), st.just(0.0))
@@ -90,13 +108,9 @@ def test_one_response_never_has_a_signal():
     assert signal_probability(3.0, 4.0, 1) == 0
 
 
-def test_the_rules_are_those_of_the_setting():
-    assert set(RULES) == set(SETTINGS["filter.rule"].kind.choices)
-
-
 def test_window_keeps_its_bounds():
     a, b = beliefs(0.0, 0.24, 0.25, 0.5, 0.75, 0.76, 1.0)
-    decisions = decide(a, b, WINDOW, 8, np.full(7, 0.99))
+    decisions = decided(a, b, WINDOW, np.full(7, 0.99))
     assert [d.keep for d in decisions] == [False, False, True, True, True, False, False]
     assert {(d.q, d.reason) for d in decisions if d.keep} == {(1.0, Reason.PASSED)}
     assert {(d.q, d.reason) for d in decisions if not d.keep} == {(0.1, Reason.REJECTED)}
@@ -108,43 +122,97 @@ def test_utility_asks_for_the_expected_signal_not_for_the_mean():
     V(0.9, 0.1) = 1 − Π (0.9+i)/(1+i) − Π (0.1+i)/(1+i) = 0.228, V(900, 100) ≈ u(0.9) = 0.57.
     """
     cfg = FilterConfig(rule="utility", min_utility=0.5, low=0.0, high=0.0, epsilon=0.0)
-    decisions = decide(np.array([0.9, 900.0]), np.array([0.1, 100.0]), cfg, 8, np.zeros(2))
+    decisions = decided([0.9, 900.0], [0.1, 100.0], cfg, np.zeros(2))
     assert float(exact_signal_probability(0.9, 0.1, 8)) == pytest.approx(0.228, abs=1e-3)
     assert [d.keep for d in decisions] == [False, True]
 
 
+def test_soft_keeps_by_the_root_of_the_expected_signal():
+    """V(0.9, 0.1) = 0.228: q = √(0.228 / 0.75) = 0.551; from V = 0.75 on every prompt is kept."""
+    cfg = FilterConfig(rule="soft", soft_utility=0.75)
+    a, b = [0.9, 0.9, 4.0, 4.0], [0.1, 0.1, 4.0, 4.0]
+    assert signal_probability(4.0, 4.0, 8) > 0.75
+    decisions = decided(a, b, cfg, [0.55, 0.552, 0.0, 0.999])
+    assert [d.keep for d in decisions] == [True, False, True, True]
+    assert [d.reason for d in decisions[:2]] == [Reason.PASSED, Reason.REJECTED]
+    assert [d.q for d in decisions] == pytest.approx([0.551, 0.551, 1.0, 1.0], abs=1e-3)
+
+
 def test_exploration_keeps_what_the_draw_says_with_that_probability():
     a, b = beliefs(0.1, 0.1, 0.1, 0.5)
-    decisions = decide(a, b, WINDOW, 8, np.array([0.0, 0.0999, 0.1, 0.0]))
+    decisions = decided(a, b, WINDOW, [0.0, 0.0999, 0.1, 0.0])
     explored = Decision(True, 0.1, Reason.EXPLORED)
     assert decisions == [explored, explored, Decision(False, 0.1, Reason.REJECTED), Decision(True, 1.0, Reason.PASSED)]
 
 
+def test_a_rule_that_says_perhaps_has_its_own_reason_and_exploration_is_the_floor():
+    decisions = decide(np.array([0.3, 0.3, 0.05, 0.05]), 0.1, np.array([0.29, 0.31, 0.09, 0.11]))
+    assert [d.reason.value for d in decisions] == ["passed", "rejected", "explored", "rejected"]
+    assert [d.q for d in decisions] == [0.3, 0.3, 0.1, 0.1]
+
+
 def test_without_epsilon_nothing_is_explored():
-    decisions = decide(*beliefs(0.1), FilterConfig(epsilon=0.0), 8, np.zeros(1))
-    assert [d.keep for d in decisions] == [False]
+    assert [d.keep for d in decided(*beliefs(0.1), FilterConfig(epsilon=0.0), np.zeros(1))] == [False]
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_a_nan_is_kept_and_named_never_a_no(rule):
-    cfg = FilterConfig(rule=rule, epsilon=0.0)
-    decisions = decide(np.array([np.nan, 0.01, 0.0]), np.array([1.0, 9.0, 0.0]), cfg, 8, np.full(3, 0.5))
-    assert [d.reason for d in decisions] == [Reason.UNSCORED, Reason.REJECTED, Reason.UNSCORED]
-    assert decisions[0] == keep_all(1, Reason.UNSCORED)[0] == Decision(True, 1.0, Reason.UNSCORED)
+def test_a_share_of_draws_equal_to_q_is_kept():
+    q, n = np.repeat([0.2, 0.7], 20_000), 20_000
+    kept = np.array([d.keep for d in decide(q, 0.02, np.random.default_rng(0).random(2 * n))])
+    assert kept[:n].mean() == pytest.approx(0.2, abs=0.012)
+    assert kept[n:].mean() == pytest.approx(0.7, abs=0.013)
 
 
-def test_scores_of_another_length_are_refused():
-    with pytest.raises(ValueError, match=r"a \(2,\), b \(2,\) and uniform \(3,\)"):
-        decide(np.ones(2), np.ones(2), WINDOW, 8, np.zeros(3))
+def test_beliefs_are_those_of_the_usable_scores():
+    scores = Scores(np.array([np.nan, 2.0, 0.0, 6.0]), np.array([1.0, 6.0, 0.0, 2.0]), np.arange(4.0), 7)
+    usable, known = beliefs_of(scores, ["a", "b", "c", "d"], 8)
+    assert usable.tolist() == [False, True, False, True]
+    assert (known.p.tolist(), known.a.tolist(), known.b.tolist()) == ([0.25, 0.75], [2.0, 6.0], [6.0, 2.0])
+    assert (known.visits.tolist(), known.datasource.tolist()) == ([1.0, 3.0], ["b", "d"])
+    assert (known.step, known.group_size) == (7, 8)
+    assert known.v.tolist() == signal_probability(known.a, known.b, 8).tolist()
+
+
+SCORES = Scores(np.array([4.0, np.nan, 0.4]), np.array([4.0, 1.0, 7.6]), np.zeros(3), 9)
+
+
+@pytest.mark.parametrize(
+    ("scores", "reasons"),
+    [
+        (SCORES, ["passed", "unscored", "rejected"]),
+        (SCORES._replace(updates=4), ["warmup"] * 3),
+        (None, ["unscored"] * 3),
+    ],
+)
+def test_a_filter_judges_what_it_has_scores_for(scores, reasons):
+    found = PromptFilter(FilterConfig(warmup_steps=5), 8).judge(scores, ["s"] * 3, np.full(3, 0.5))
+    assert [one.decision.reason.value for one in found] == reasons
+    assert [one.decision.keep for one in found] == [reason != "rejected" for reason in reasons]
+    p = [0.5, None, pytest.approx(0.05)] if scores else [None] * 3
+    assert [one.p for one in found] == p
+    assert [one.v is None for one in found] == [one.p is None for one in found]
+
+
+def test_in_shadow_mode_everything_is_kept_and_q_is_the_rules():
+    cfg = FilterConfig(warmup_steps=5, epsilon=0.03)
+    found = [one.decision for one in PromptFilter(cfg, 8).judge(SCORES, ["s"] * 3, None)]
+    assert found[::2] == [Decision(True, 1.0, Reason.SHADOW), Decision(True, 0.03, Reason.SHADOW)]
+    assert found[1] == Decision(True, 1.0, Reason.UNSCORED)
 
 
 def test_fill_up_takes_the_best_rejected_ones():
     yes, no = Decision(True, 1.0, Reason.PASSED), Decision(False, 0.1, Reason.REJECTED)
-    filled = fill_up([no, yes, no, no, no], [0.2, None, 0.3, 0.2, 0.1], 2)
-    assert [d.reason.value for d in filled] == ["forced", "passed", "forced", "rejected", "rejected"]
-    assert filled[0] == Decision(True, 1.0, Reason.FORCED)
-    assert [d.keep for d in fill_up([no, no], [0.1, 0.2], 5)] == [True, True]
-    kept = [i for i, d in enumerate(fill_up([no] * 100, [0.1, 0.2] * 50, 10)) if d.keep]
+
+    def filled(values, missing, decisions=None):
+        judged = [
+            Judged(0.5, v, decision) for v, decision in zip(values, decisions or [no] * len(values), strict=True)
+        ]
+        return fill_up(judged, missing)
+
+    found = filled([0.2, 0.9, 0.3, 0.2, 0.1], 2, [no, yes, no, no, no])
+    assert [one.decision.reason.value for one in found] == ["forced", "passed", "forced", "rejected", "rejected"]
+    assert found[0] == Judged(0.5, 0.2, Decision(True, 1.0, Reason.FORCED))
+    assert [one.decision.keep for one in filled([0.1, 0.2], 5)] == [True, True]
+    kept = [i for i, one in enumerate(filled([0.1, 0.2] * 50, 10)) if one.decision.keep]
     assert kept == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]  # of equal ones the first
 
 
@@ -170,4 +238,5 @@ def test_the_share_of_a_scan_of_fixed_length_is_what_it_kept():
 
 
 def test_reasons_print_as_the_metrics_they_count():
-    assert [f"{reason}" for reason in Reason] == ["warmup", "passed", "explored", "forced", "rejected", "unscored"]
+    names = ["warmup", "passed", "explored", "forced", "rejected", "unscored", "shadow"]
+    assert [f"{reason}" for reason in Reason] == names

@@ -6,10 +6,12 @@ from depo_plugin.settings import config
 
 FLAGS = """
 --depo.config
+--depo.shadow
 --depo.filter.rule
 --depo.filter.low
 --depo.filter.high
 --depo.filter.min_utility
+--depo.filter.soft_utility
 --depo.filter.epsilon
 --depo.filter.warmup_steps
 --depo.filter.max_scan

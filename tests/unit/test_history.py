@@ -57,7 +57,7 @@ def test_what_was_never_met_is_no_evidence():
         assert len(h) == known
         found = h.evidence(keys(0, 7, 2**64 - 1), 3)
         assert all((part == 0).all() for part in found)
-        assert [part.shape for part in found] == [(3, VISITS)] * 3 + [(3,)] * 4
+        assert [part.shape for part in found] == [(3, VISITS)] * 3 + [(3,)] * 5
         put(h, 8, 1, 4)
 
 

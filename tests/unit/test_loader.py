@@ -271,6 +271,32 @@ def test_a_nan_belief_is_kept_and_counted():
     assert (numbers([unscored], 60), unscored.p, unscored.v, unscored.q) == ([spoiled], None, None, 1.0)
 
 
+def test_a_rule_of_the_users_own_decides_by_what_is_known(tmp_path):
+    path = tmp_path / "rule.py"
+    path.write_text("def keep(b):\n    return 1.0 * ((b.p > 0.5) & (b.datasource == 'source 1') & (b.step == 9))\n")
+    loader, estimator = make(400, 4, fifth, rule=str(path), warmup_steps=0, epsilon=0.0)
+    estimator.updates = 9
+    records = scan(loader, estimator, 100)
+    assert {r.reason for r in records if r.p > 0.5 and r.datasource == "source 1"} == {Reason.PASSED}
+    assert {r.reason for r in records if r.p < 0.5 or r.datasource == "source 0"} == {Reason.REJECTED}
+
+
+def test_a_rule_that_fails_in_the_run_keeps_prompts_with_one_warning_until_it_works_again(tmp_path, caplog):
+    path = tmp_path / "rule.py"
+    path.write_text("def keep(b):\n    assert b.step not in (3, 4), b.step\n    return 1.0 * (b.p > 0.5)\n")
+    loader, estimator = make(400, 4, fifth, rule=str(path), warmup_steps=0, epsilon=0.0)
+    reasons = []
+    for step in (2, 3, 4, 5):
+        estimator.updates, estimator.batches = step, []
+        take(loader, 8)  # scores are asked for one batch ahead, so the second batch is of this step
+        reasons.append({record.reason for record in estimator.batches[-1]})
+    assert reasons[1] == reasons[2] == {Reason.UNSCORED}
+    assert reasons[0] == reasons[3] == {Reason.PASSED, Reason.REJECTED}
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert f"--depo.filter.rule {path}: keep(beliefs) raises AssertionError: 3" in said[0]
+
+
 def test_rejecting_everything_ends_and_says_why_once(caplog):
     """Every batch is filled up; 2 × FORCED_IN_A_ROW of them are one warning."""
     loader, estimator = make(2 * FORCED_IN_A_ROW * 4, 4, lambda i, _: 0.9, **REJECT_ALL, max_scan=3)
@@ -433,6 +459,7 @@ def wrapped(count, monkeypatch, train_batch=40, max_epochs=1, max_steps=0):
         }
     )
     args.depo = config.to_namespace(DepoConfig(filter=FilterConfig(**FILTER)))
+    args.depo.shadow = False
     return hooks.wrap_loader(args, inner_loader(count), max_steps, "ppo_trainer.py")
 
 
