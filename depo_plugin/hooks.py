@@ -16,16 +16,20 @@ the settings in add_arguments and resolve, everything else only if DEPO is on.
 """
 
 import argparse
+import atexit
+import contextlib
 import logging
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
 
+SAY_EVERY = 10  # steps from one line on the console to the next
 ATTACH_TIMEOUT_S = 1800  # longest time for the constructors of OpenRLHF's trainer, which read the data sets
 
 
@@ -39,6 +43,9 @@ class Process:
     reports: list[dict[str, str]] = field(default_factory=list)  # of the hooks that ran here (see seam.report)
     in_flight: dict[Any, tuple[str, Any]] = field(default_factory=dict)  # sent to vLLM: Ray reference -> prompt, label
     pending_metrics: Any = None  # the judge() call of this step
+    unsaid: list[dict[str, float]] = field(default_factory=list)  # metrics of the steps since the console's last line
+    logged_at: float | None = None  # when the last step was logged
+    filters: bool = False  # whether a group came back that was planned after the warm-up
     warned: set[str] = field(default_factory=set)  # kinds of warnings that were given once
 
 
@@ -101,10 +108,11 @@ def resolve(args) -> None:
     on, named = config.estimator_choice(getattr(flags, "chosen", []))
     if not on:
         ignored = sorted(config.overrides_from_namespace(flags))
-        if ignored or flags.config:
+        ignored += [name for name in ("config", "shadow") if getattr(flags, name)]
+        if ignored:
             print(  # noqa: T201
                 f"[Warning] DEPO is off (--advantage_estimator {args.algo.advantage.estimator}), so these settings do "
-                f"nothing: {', '.join('--depo.' + key for key in [*ignored, *(['config'] if flags.config else [])])}"
+                f"nothing: {', '.join('--depo.' + key for key in ignored)}"
             )
         del args.depo
         return
@@ -124,7 +132,7 @@ def resolve(args) -> None:
         print(line)  # noqa: T201
     cfg = config.with_base(cfg, named)
     args.depo = config.to_namespace(cfg)
-    args.depo.enabled = True
+    args.depo.enabled, args.depo.shadow = True, bool(flags.shadow)
     args.algo.advantage.estimator = cfg.advantage.base
 
 
@@ -155,15 +163,35 @@ def _snapshot_root(args) -> str:
 
 
 def start_estimator(strategy, placement_group) -> None:
-    """Start the estimator's actor before the trainer's. placement_group: shared by all models, or None."""
+    """Start the estimator's actor before the trainer's, and write what this launch is set to, for `depo report`.
+
+    placement_group: shared by all models, or None.
+    """
     from depo_plugin import seam
     from depo_plugin.remote import actor
+    from depo_plugin.settings import launch
 
     seam.check_signatures()
     args = strategy.args
     _process.driver_actor = actor.create(
         args, args.rollout.n_samples_per_prompt, _snapshot_root(args), placement_group
     )
+    path = Path(args.ckpt.output_dir) / "depo" / "settings.json"
+    if args.depo.shadow:
+        atexit.register(_say_shadow)
+    try:
+        launch.write(path, args)
+    except OSError as error:
+        _warn_once("settings", "DEPO: %s cannot be written (%s); training goes on without it.", path, error)
+
+
+def _say_shadow() -> None:
+    """Say at the end of the driver what the filter would have done in the whole run."""
+    import ray
+
+    with contextlib.suppress(Exception):  # the run is over, whatever became of the estimator
+        line = ray.get(_process.driver_actor.shadow_line.remote(), timeout=10)
+        print(f"DEPO: shadow mode: {line}")  # noqa: T201
 
 
 def attach(args, site: str, path: str) -> None:
@@ -234,12 +262,19 @@ def wrap_loader(args, prompts_dataloader, max_steps: int, path: str):
     """Return the loader that draws only prompts worth a rollout, and the number of steps for the schedule.
 
     prompts_dataloader: OpenRLHF's StatefulDataLoader, one prompt per batch; max_steps: OpenRLHF's number of steps;
-    path: the calling file. The number grows only if the pool is smaller than a batch: each episode fills one batch.
+    path: the calling file. The number grows only if the pool is smaller than a batch: each episode fills one batch. In
+    shadow mode the loader gives out what OpenRLHF's own does.
     """
     from depo_plugin.loader import DifficultyFilteredLoader
     from depo_plugin.settings import config
 
     attach(args, "prepare_datasets", path)
+    if args.depo.shadow:
+        from depo_plugin.shadow import ShadowLoader
+
+        batch_size = args.rollout.vllm_generate_batch_size
+        _process.loader = ShadowLoader(prompts_dataloader, _handle(args), batch_size)
+        return _process.loader, max_steps
     cfg = config.from_namespace(args.depo)
     _process.loader = DifficultyFilteredLoader(
         prompts_dataloader,
@@ -278,8 +313,9 @@ def reject(args, experiences) -> None:
     """
     from depo_plugin import labels
 
-    labels.check_given(args, experiences)
-    labels.check_finite(args, experiences)
+    if not args.depo.shadow:
+        labels.check_given(args, experiences)
+        labels.check_finite(args, experiences)
     found = labels.from_rejected(experiences, args.depo.labels.reward_range)
     _count(args, found)
     for label in found.labels:
@@ -327,10 +363,14 @@ def load(args, checkpoint_states: dict) -> None:
 
 
 def check_rewards(args, rollout_samples) -> None:
-    """Stop the run before any gradient if a response has no reward (RuntimeError, see labels.check_given)."""
+    """Stop the run before any gradient if a response has no reward (RuntimeError, see labels.check_given).
+
+    Not in shadow mode, which only watches; nor do reject and observe check rewards then.
+    """
     from depo_plugin import labels
 
-    labels.check_given(args, rollout_samples)
+    if not args.depo.shadow:
+        labels.check_given(args, rollout_samples)
 
 
 def observe(args, experiences, step: int) -> None:
@@ -341,12 +381,16 @@ def observe(args, experiences, step: int) -> None:
     """
     from depo_plugin import advantage, labels
 
-    labels.check_finite(args, experiences)
+    if not args.depo.shadow:
+        labels.check_finite(args, experiences)
     group_size = args.rollout.n_samples_per_prompt
     groups = labels.from_experiences(experiences, group_size, args.depo.labels.reward_range)
     _count(args, groups)
     handle = _handle(args)
-    if args.depo.advantage.importance_rescale:
+    if args.depo.shadow:
+        if _process.loader is not None:  # in this process: it may have prompts that were not shown yet
+            _process.loader.show()
+    elif args.depo.advantage.importance_rescale:
         found = handle.keep_weights(groups.prompts, groups.answers)
         if found is not None:  # if the estimator does not answer, every weight is 1
             q_B, share_B = found
@@ -387,24 +431,42 @@ def _warn_once(kind: str, text: str, *args) -> None:
 
 
 def log(args, status: dict, step: int) -> None:
-    """Add the step's depo/* metrics to OpenRLHF's status and to <ckpt.output_dir>/depo/metrics.jsonl."""
-    from depo_plugin.estimator.metrics import MetricsFile
+    """Add the step's depo/* metrics to OpenRLHF's status, and metrics and groups to files in <ckpt.output_dir>/depo.
+
+    Every SAY_EVERY steps, and at the first one whose batch was planned after the warm-up, one line on the console says
+    what the filter does.
+    """
+    from depo_plugin.estimator import metrics as metrics_module
+    from depo_plugin.messages import Reason
 
     handle = _handle(args)
-    metrics = handle.wait(_process.pending_metrics) or {}
+    judged = handle.wait(_process.pending_metrics) or metrics_module.Judgement({}, [])
+    metrics, groups = judged
     for name, value in handle.take_tally().items():  # the loader may run in another process, with its own tally
         metrics[name] = metrics.get(name, 0.0) + value
+    now = time.monotonic()
+    if _process.logged_at is not None:
+        metrics["time_step"] = now - _process.logged_at
+    _process.logged_at = now
     status.update({f"depo/{name}": float(value) for name, value in metrics.items()})
-    row = {"step": step} | {k: v for k, v in status.items() if isinstance(v, int | float)}
-    file = MetricsFile(Path(args.ckpt.output_dir) / "depo" / "metrics.jsonl")
-    try:
-        file.append(row)
-    except OSError as error:
-        _warn_once(
-            "metrics",
-            "DEPO: %s cannot be written (%s); training goes on, steps are missing in it.",
-            *(file.path, error),
-        )
+    numbers = {k: v for k, v in status.items() if isinstance(v, int | float)}
+    for name, rows in (("metrics.jsonl", [numbers]), ("groups.jsonl", groups)):
+        file = metrics_module.MetricsFile(Path(args.ckpt.output_dir) / "depo" / name)
+        try:
+            file.append(*({"step": step} | row for row in rows))
+        except OSError as error:
+            _warn_once(
+                name,
+                "DEPO: %s cannot be written (%s); training goes on, steps are missing in it.",
+                *(file.path, error),
+            )
+    _process.unsaid.append(metrics)
+    planned_without_scores = (None, Reason.WARMUP.value, Reason.UNSCORED.value)
+    begins = not _process.filters and any(group["reason"] not in planned_without_scores for group in groups)
+    _process.filters |= begins
+    if begins or step % SAY_EVERY == 0:
+        logger.info("%s", metrics_module.said(step, _process.unsaid))
+        _process.unsaid = []
 
 
 def save(args, tag: str) -> None:

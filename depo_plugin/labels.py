@@ -49,12 +49,12 @@ def per_response(experience: Any, field: str) -> list[float]:
     return values.float().flatten().tolist()
 
 
-def group_label(prompt, label, scores, rewards, log_probs, reward_range) -> Label | None:
+def group_label(prompt, label, scores, rewards, log_probs, reward_range, tokens=None) -> Label | None:
     """Return the label of one group, or None if a score is not finite.
 
     scores, rewards: n floats each (scores are raw, rewards are what the advantage is computed from); log_probs: n mean
-    token log-probs (<= 0), or None; reward_range: (LO, HI). y is the mean of (score - LO) / (HI - LO), each score
-    clipped to the range.
+    token log-probs (<= 0), or None; reward_range: (LO, HI); tokens: n numbers of response tokens, or None. y is the
+    mean of (score - LO) / (HI - LO), each score clipped to the range.
     """
     low, high = reward_range
     if not all(map(math.isfinite, scores)):
@@ -64,7 +64,8 @@ def group_label(prompt, label, scores, rewards, log_probs, reward_range) -> Labe
     if log_probs is not None:
         d = min(max(math.exp(sum(log_probs) / len(log_probs)), D_MIN), 1 - D_MIN)
         d = d if math.isfinite(d) else None
-    return Label(prompt, str(label), y, d, len(scores), max(rewards) > min(rewards))
+    signal = max(rewards) > min(rewards)
+    return Label(prompt, str(label), y, d, len(scores), signal, None if tokens is None else sum(tokens))
 
 
 def from_rejected(experiences: list, reward_range: tuple[float, float]) -> Groups:
@@ -73,7 +74,9 @@ def from_rejected(experiences: list, reward_range: tuple[float, float]) -> Group
     Its log-probs were never computed, so d is None.
     """
     scores = [score for experience in experiences for score in per_response(experience, "scores")]
-    return _groups([(experiences[0].prompts[0], experiences[0].labels[0], scores, scores, None)], reward_range)
+    tokens = [count for experience in experiences for count in _tokens(experience)]
+    prompt, answer = experiences[0].prompts[0], experiences[0].labels[0]
+    return _groups([(prompt, answer, scores, scores, None, tokens)], reward_range)
 
 
 def from_experiences(experiences: list, group_size: int, reward_range: tuple[float, float]) -> Groups:
@@ -89,24 +92,29 @@ def from_experiences(experiences: list, group_size: int, reward_range: tuple[flo
         log_probs = (experience.action_log_probs.float() * mask).sum(-1) / mask.sum(-1).clamp(min=1)
         rewards = per_response(experience, "rewards")
         scores = rewards if experience.scores is None else per_response(experience, "scores")
-        fields = experience.prompts, experience.labels, scores, rewards, log_probs.tolist()
+        fields = experience.prompts, experience.labels, scores, rewards, log_probs.tolist(), _tokens(experience)
         for index, *sample in zip(experience.index, *fields, strict=True):
             samples_by_group[index // group_size].append(sample)
     groups = []
     for _, samples in sorted(samples_by_group.items()):
-        prompts, answers, scores, rewards, log_probs = zip(*samples, strict=True)
-        groups.append((prompts[0], answers[0], scores, rewards, log_probs))
+        prompts, answers, *columns = zip(*samples, strict=True)
+        groups.append((prompts[0], answers[0], *columns))
     return _groups(groups, reward_range)
 
 
+def _tokens(experience: Any) -> list[int]:
+    """Return the number of response tokens of each response: what its action_mask (samples, A) marks."""
+    return experience.action_mask.long().sum(-1).tolist()
+
+
 def _groups(groups: list[tuple], reward_range: tuple[float, float]) -> Groups:
-    """Return the labels of groups (prompt, label, scores, rewards, log_probs), and what was found in their scores."""
+    """Return the labels of groups (prompt, label, scores, rewards, log_probs, tokens), and what their scores are."""
     low, high = reward_range
     slack = ROUNDING * max(abs(low), abs(high))
     finite = [score for _, _, scores, *_ in groups for score in scores if math.isfinite(score)]
     made = [
-        group_label(prompt, answer, scores, rewards, log_probs, reward_range)
-        for prompt, answer, scores, rewards, log_probs in groups
+        group_label(prompt, answer, scores, rewards, log_probs, reward_range, tokens)
+        for prompt, answer, scores, rewards, log_probs, tokens in groups
     ]
     labels = [label for label in made if label is not None]
     return Groups(

@@ -1,7 +1,7 @@
 """What crosses from one part to another, and from one process to another: plain values, nothing of Ray or torch.
 
     loader -> estimator   score_async(prompts, labels) -> Scores        record([Record, ...])
-    trainer -> estimator  judge([Label, ...]) -> metrics                learn([Label, ...])
+    trainer -> estimator  judge([Label, ...]) -> Judgement              learn([Label, ...])
 
 Suffix B: one entry per prompt of a call.
 """
@@ -36,11 +36,12 @@ class Reason(str, Enum):
     """Why a candidate was kept or rejected; each is counted in the metrics."""
 
     WARMUP = "warmup"  # kept: the estimator has learned too little to be asked
-    PASSED = "passed"  # kept: the rule says yes
+    PASSED = "passed"  # kept: the rule says yes, or says perhaps and chance says yes
     EXPLORED = "explored"  # kept by chance ε, although the rule says no
     FORCED = "forced"  # kept although the rule says no, because too few passed to fill a batch
-    REJECTED = "rejected"  # not kept: the rule says no
+    REJECTED = "rejected"  # not kept: the rule says no, or says perhaps and chance says no
     UNSCORED = "unscored"  # kept: the estimator gave no usable score
+    SHADOW = "shadow"  # kept, because nothing is filtered in shadow mode; q says what the rule would have done
 
     def __str__(self) -> str:
         return self.value
@@ -80,6 +81,7 @@ class Label:
     d: exp(mean token log-prob) of the group's responses in [1e-4, 1 - 1e-4], or None if it is not known.
     n: number of responses in the group.
     signal: whether the group's rewards differ, so that its advantages are not all zero.
+    tokens: response tokens of the whole group, or None if they are not known.
 
     Limit: the group counts as y·n successes of n, and V assumes rewards of 0 or 1. A prompt whose responses all get
     0.5 (y 0.5, signal False) is therefore believed to be as useful as one with as many right as wrong responses.
@@ -91,6 +93,7 @@ class Label:
     d: float | None
     n: int
     signal: bool
+    tokens: int | None = None
 
     @property
     def key(self) -> int:
@@ -99,10 +102,14 @@ class Label:
 
 
 class Scores(NamedTuple):
-    """Beliefs about prompts: Beta(a, b) over each one's pass rate, float64 (B,), after `updates` updates."""
+    """Beliefs about prompts: Beta(a, b) over each one's pass rate, float64 (B,), after `updates` updates.
+
+    visits: float64 (B,), in how many updates each prompt was learned from.
+    """
 
     a: np.ndarray
     b: np.ndarray
+    visits: np.ndarray
     updates: int
 
 

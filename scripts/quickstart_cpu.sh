@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train a small language model with DEPO on the real OpenRLHF (Ray, DeepSpeed, vLLM), on a machine without a GPU.
-#   bash scripts/quickstart_cpu.sh [--steps N] [--method depo|grpo|dynamic] [--model tiny|smollm2]
+#   bash scripts/quickstart_cpu.sh [--steps N] [--method depo|shadow|grpo|dynamic] [--model tiny|smollm2]
 #                                  [--out DIR] [--seed N] [--torch-index URL]
 # The first run installs everything into .venv; later runs start training at once.
 set -euo pipefail

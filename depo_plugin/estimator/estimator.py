@@ -11,6 +11,7 @@ of chance is a counter. Suffixes: B = prompts of one call, E = the encoder's wid
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from depo_plugin import __version__
 from depo_plugin.estimator.belief import Belief
 from depo_plugin.estimator.checkpoint import CheckpointError
 from depo_plugin.estimator.ledger import Kept, Ledger
-from depo_plugin.estimator.metrics import prediction_metrics
+from depo_plugin.estimator.metrics import Judgement, prediction_metrics
 from depo_plugin.estimator.text_model import Targets, TextModel, unit
 from depo_plugin.filter import signal_probability
 from depo_plugin.messages import Label, Record, Scores, Stream, prompt_key
@@ -51,6 +52,7 @@ class DifficultyEstimator:
         self.ledger = Ledger()
         self.updates = 0  # learn() calls so far
         self._trained = np.empty(0, np.uint64)  # keys of prompts trained so far, sorted
+        self._written: set[int] = set()  # keys whose text was in a judgement of this process
         self._recent: deque[tuple[Label, float]] = deque(maxlen=cfg.estimator.replay)  # with the ability then
         self._losses: dict[str, float] = {}
         self._totals = {"empty_steps": 0, "labels_dropped": 0}
@@ -67,7 +69,7 @@ class DifficultyEstimator:
         keys = [prompt_key(prompt, label) for prompt, label in zip(prompts, labels, strict=True)]
         a_B, b_B = self.belief.predict(keys, *self._text(prompts), self.updates)
         self._time_score += time.perf_counter() - start
-        return Scores(a_B, b_B, self.updates)
+        return Scores(a_B, b_B, self.belief.visits(keys, self.updates), self.updates)
 
     def record(self, records: list[Record]) -> None:
         """Take the decisions on one planned batch."""
@@ -79,30 +81,55 @@ class DifficultyEstimator:
 
     # ── What comes back ──
 
-    def judge(self, labels: list[Label], dropped: int = 0) -> dict[str, float]:
-        """Compare one step's groups with what was predicted of them; return the step's metrics (metrics.NAMES).
+    def judge(self, labels: list[Label], dropped: int = 0, rejected: list[Label] | None = None) -> Judgement:
+        """Compare one step's groups with what was predicted of them; return the step's metrics and group lines.
 
         A group is judged by the prediction that its decision was made by, or by a new one if that is not on record.
-        dropped: groups of this step that have no label. Losses are those of the last learn(). Raises ValueError if a
-        label's y is not in [0, 1] or its n is below 1.
+        labels: of the groups that are trained on; rejected: of groups that dynamic filtering threw away; dropped:
+        groups of this step that have no label. Losses are those of the last learn(). Raises ValueError if a label's y
+        is not in [0, 1] or its n is below 1.
         """
+        trained_on, labels = len(labels), labels + (rejected or [])
         for label in labels:
             if not (0.0 <= label.y <= 1.0 and label.n >= 1):
                 raise ValueError(f"label of {label.prompt[:80]!r}: y {label.y} not in [0, 1], or n {label.n} < 1.")
         self._totals["labels_dropped"] += dropped
         if not labels:
             self._totals["empty_steps"] += 1
-            return self._total_metrics()
+            return Judgement(self._total_metrics(), [])
         y_B = np.array([label.y for label in labels])
         signal_B = np.array([label.signal for label in labels])
         kept = self.ledger.take(labels, warn=self.updates >= self._cfg.filter.warmup_steps)
-        metrics = prediction_metrics(*self._predicted(labels, kept), y_B, signal_B)
+        p_B, v_B = self._predicted(labels, kept)
+        metrics = prediction_metrics(p_B, v_B, y_B, signal_B)
         metrics |= self.ledger.metrics(kept, y_B, signal_B, self._group_size)
         trained = [label.key for label in labels if label.d is not None]
         self._trained = _with(self._trained, np.array(trained, np.uint64))
         metrics |= self._losses | self._total_metrics() | {"time_score": self._time_score}
         self._time_score = 0.0
-        return metrics
+        groups = zip(labels, kept, p_B.tolist(), v_B.tolist(), strict=True)
+        return Judgement(metrics, [self._line(i >= trained_on, *group) for i, group in enumerate(groups)])
+
+    def _line(self, rejected: bool, label: Label, entry: Kept | None, p: float, v: float) -> dict[str, Any]:
+        """Return a group's line of groups.jsonl without its step: plain values, in the order of docs/metrics.md."""
+        line: dict[str, Any] = {
+            "key": f"{label.key:016x}",
+            "source": entry.source if entry else None,
+            "p": float(f"{p:.6g}"),
+            "v": float(f"{v:.6g}"),
+            "q": float(f"{entry.q:.6g}") if entry else 1.0,
+            "reason": entry.reason if entry else None,
+            "y": float(label.y),
+            "n": int(label.n),
+            "signal": bool(label.signal),
+            "tokens": label.tokens,
+        }
+        if rejected:
+            line["rejected"] = True
+        if label.key not in self._written:  # the text once, so that the file stays small
+            self._written.add(label.key)
+            line |= {"prompt": label.prompt, "label": label.label}
+        return line
 
     def learn(self, labels: list[Label]) -> None:
         """Learn from one step's groups: first the belief, then the text model. An empty list changes nothing."""

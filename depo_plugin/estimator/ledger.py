@@ -16,8 +16,9 @@ logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and
 
 FORGET_AFTER = 100  # planned batches after which a kept prompt that never came back is given up
 SOURCES = 32  # data sources with metrics of their own
-RATE_KEPT = 0.9  # per step: the effective ratio of the unfiltered stream follows about the last ten steps
+RATE_KEPT = 0.9  # per step: what is estimated of the unfiltered stream follows about the last ten steps
 RATE_MIN = 0.01  # an estimate at or below 0 (few explored groups) must not divide
+NOTHING = (0, 0.0, 0.0, 0, 0)  # sums over no candidate: scanned, sum_p, sum_v, easy, hard
 COUNTED = (Reason.EXPLORED, Reason.FORCED, Reason.UNSCORED)  # reasons that are metrics
 
 
@@ -32,6 +33,7 @@ class Kept(NamedTuple):
     source: its data source.
     scanned, sum_p, sum_v: its part of all that its batch scanned, and of their p̂ and V: the batch's sums divided by
         the number it kept. So a batch whose groups come back in several steps is spread over them.
+    easy, hard: its part of the candidates that its batch rejected, with p̂ >= 0.5 and p̂ < 0.5.
     """
 
     plan: int
@@ -44,6 +46,13 @@ class Kept(NamedTuple):
     scanned: float
     sum_p: float
     sum_v: float
+    easy: float
+    hard: float
+
+    @property
+    def chance(self) -> float:
+        """The probability with which it was kept: q, but 1 in shadow mode, where q is only what the rule says."""
+        return 1.0 if self.reason == Reason.SHADOW.value else self.q
 
 
 class Ledger:
@@ -53,11 +62,13 @@ class Ledger:
         """Start without decisions."""
         self._kept: dict[int, deque[Kept]] = {}
         self._plan = 0  # number of the batch that was planned last
-        self._unkept = [0, 0.0, 0.0]  # scanned, sum_p, sum_v of planned batches that kept nothing
+        self._unkept = list(NOTHING)  # sums of planned batches that kept nothing
         self._sources: dict[str, list[int]] = {}  # data source -> kept, rejected since the last step
-        # Of the unfiltered stream, faded: expected groups with a signal, and prompts scanned.
-        self._signals, self._scanned = 0.0, 0.0
+        # Of the unfiltered stream, faded: sum of pass rates, expected groups with a signal, and prompts scanned.
+        self._passes, self._signals, self._scanned = 0.0, 0.0, 0.0
         self.rollouts_saved = 0.0  # total, see metrics.NAMES
+        # Of shadow mode, totals: groups, groups with a signal, and both weighted by the rule's q.
+        self._shadow = [0.0, 0.0, 0.0, 0.0]
         # Of the last batches the plan, key and text of one kept prompt each: what the warning below shows.
         self._examples: deque[tuple[int, int, tuple[str, str]]] = deque(maxlen=4)
         # Whether to warn of groups without a decision. None: it was said already.
@@ -70,9 +81,11 @@ class Ledger:
             counts[not one.keep] += 1
         self._plan += 1
         kept = [one for one in records if one.keep]
+        rejected = [one.p for one in records if not one.keep and one.p is not None]  # all of them have a p̂
+        easy = sum(p >= 0.5 for p in rejected)
         sums = (len(records), sum(one.p or 0.0 for one in records), sum(one.v or 0.0 for one in records))
-        sums = [new + old for new, old in zip(sums, self._unkept, strict=True)]
-        self._unkept = [0, 0.0, 0.0] if kept else sums
+        sums = [new + old for new, old in zip((*sums, easy, len(rejected) - easy), self._unkept, strict=True)]
+        self._unkept = list(NOTHING) if kept else sums
         parts = [total / max(1, len(kept)) for total in sums]
         self._examples.extend((self._plan, one.key, one.text) for one in kept[:1])
         for one in kept:
@@ -139,8 +152,8 @@ class Ledger:
         """Return what the unfiltered stream would have given, and counts by reason and by data source.
 
         kept: from take(). A control variate: (Σ scanned p̂ + Σ kept (y − p̂)/q) / scanned, and the same with V and
-        whether there was a signal for the effective ratio, faded over steps. Forced prompts were not drawn by chance,
-        so their outcomes are outside both corrections.
+        whether there was a signal for the effective ratio; both are faded over steps. Forced prompts were not drawn by
+        chance, so their outcomes are outside both corrections.
         """
         groups = zip(kept, y_B.tolist(), signal_B.tolist(), strict=True)
         known = [(e, y, signal) for e, y, signal in groups if e is not None]
@@ -150,17 +163,40 @@ class Ledger:
         scanned = sum(e.scanned for e, _, _ in known)
         if scanned:
             drawn = [(e, y, signal) for e, y, signal in known if e.reason != Reason.FORCED.value]
-            reward = sum(e.sum_p for e, _, _ in known) + sum((y - (e.p or 0.0)) / e.q for e, y, _ in drawn)
-            signals = sum(e.sum_v for e, _, _ in known) + sum((s - (e.v or 0.0)) / e.q for e, _, s in drawn)
-            metrics |= {"scanned": scanned, "keep_rate": len(known) / scanned, "reward_unfiltered": reward / scanned}
+            reward = sum(e.sum_p for e, _, _ in known) + sum((y - (e.p or 0.0)) / e.chance for e, y, _ in drawn)
+            signals = sum(e.sum_v for e, _, _ in known) + sum((s - (e.v or 0.0)) / e.chance for e, _, s in drawn)
+            metrics |= {"scanned": scanned, "keep_rate": len(known) / scanned}
+            easy, hard = sum(e.easy for e, _, _ in known), sum(e.hard for e, _, _ in known)
+            if easy + hard:
+                metrics |= {"too_easy": easy / (easy + hard), "too_hard": hard / (easy + hard)}
+            self._passes = RATE_KEPT * self._passes + reward
             self._signals = RATE_KEPT * self._signals + signals
             self._scanned = RATE_KEPT * self._scanned + scanned
         if self._scanned:
             rate = min(max(self._signals / self._scanned, RATE_MIN), 1.0)
+            metrics["reward_unfiltered"] = self._passes / self._scanned
             metrics["effective_gain"] = float(signal_B.mean()) / rate
             self.rollouts_saved += group_size * (float(signal_B.sum()) / rate - len(kept))
-        metrics |= self._source_metrics(known)
+        for entry, _, signal in known:
+            if entry.reason == Reason.SHADOW.value:
+                values = (1.0, signal, entry.q, entry.q * signal)
+                self._shadow = [total + value for total, value in zip(self._shadow, values, strict=True)]
+        metrics |= self.shadow_metrics() | self._source_metrics(known)
         return {name: float(value) for name, value in metrics.items()}
+
+    def shadow_metrics(self) -> dict[str, float]:
+        """Return what the filter would have kept so far, and what share of that had a signal; {} without shadow mode.
+
+        Each group counts by the probability q with which the rule would have kept it.
+        """
+        groups, signals, kept, kept_signals = self._shadow
+        if not kept:
+            return {}
+        return {
+            "shadow_keep_rate": kept / groups,
+            "shadow_effective_ratio": kept_signals / kept,
+            "shadow_unfiltered_ratio": signals / groups,
+        }
 
     def _source_metrics(self, known: list[tuple[Kept, float, bool]]) -> dict[str, float]:
         """Return what was kept and rejected since the last step, and this step's pass rate, by data source."""
@@ -188,8 +224,9 @@ class Ledger:
             "plan": self._plan,
             "unkept": list(self._unkept),
             "sources": {source: list(counts) for source, counts in self._sources.items()},
-            "stream": [self._signals, self._scanned],
+            "unfiltered": [self._passes, self._signals, self._scanned],
             "rollouts_saved": self.rollouts_saved,
+            "shadow": list(self._shadow),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -199,5 +236,6 @@ class Ledger:
             self._kept.setdefault(key, deque()).append(Kept(*entry))
         self._plan, self._unkept = state["plan"], list(state["unkept"])
         self._sources = {source: list(counts) for source, counts in state["sources"].items()}
-        self._signals, self._scanned = state["stream"]
+        self._passes, self._signals, self._scanned = state["unfiltered"]
         self.rollouts_saved = state["rollouts_saved"]
+        self._shadow = list(state["shadow"])

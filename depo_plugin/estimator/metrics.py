@@ -1,4 +1,4 @@
-"""The metrics of each step: their names and units, how well predictions matched outcomes, and the JSON-lines file.
+"""The metrics of each step: names and units, how well predictions matched outcomes, the files, the console's line.
 
 Suffix: B = groups of one step.
 """
@@ -7,8 +7,10 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,11 +23,18 @@ NAMES = {
     "forced": "of these, taken to fill the batch up",
     "unscored": "of these, kept because the estimator gave no score",
     "keep_rate": "kept / scanned",
+    "too_easy": "of the candidates rejected for these batches, the share with a predicted pass rate >= 0.5",
+    "too_hard": "of the candidates rejected for these batches, the share with a predicted pass rate < 0.5",
     "effective_ratio": "groups with non-zero advantage / groups",
+    "all_right": "groups without a signal and with an observed pass rate >= 0.5 / groups",
+    "all_wrong": "groups without a signal and with an observed pass rate < 0.5 / groups",
     "effective_gain": "effective_ratio / estimated effective ratio of the unfiltered stream",
+    "shadow_keep_rate": "shadow mode: share of all groups so far that the filter would have kept",
+    "shadow_effective_ratio": "shadow mode: share of those that had a signal",
+    "shadow_unfiltered_ratio": "shadow mode: share of all groups so far that had a signal",
     "rollouts_saved": "total of responses that dynamic sampling would have paid more for the same effective groups",
     "distinct": "total of distinct prompts trained",
-    "reward_unfiltered": "estimated mean pass rate of the unfiltered stream, in [0, 1]",
+    "reward_unfiltered": "estimated mean pass rate of the unfiltered stream, over about the last ten steps, in [0, 1]",
     "kappa": "samples that the text's prediction is worth",
     "ability": "the policy's ability, a logit; 0 before the first step",
     "pred_mean": "mean predicted pass rate when the decision was made",
@@ -49,7 +58,19 @@ NAMES = {
     "time_score": "seconds spent scoring since the last step",
     "time_update": "seconds the last finished update took",
     "time_blocked": "seconds that training waited for the estimator",
+    "time_step": "seconds since the last step's metrics; not in the first step of a process",
 }
+
+
+class Judgement(NamedTuple):
+    """What the estimator says of one step's groups.
+
+    metrics: by name (NAMES), without the prefix depo/.
+    groups: for each group its line of groups.jsonl, without the step.
+    """
+
+    metrics: dict[str, float]
+    groups: list[dict[str, Any]]
 
 
 def _ranks(x_B: np.ndarray) -> np.ndarray:
@@ -92,16 +113,59 @@ def prediction_metrics(p_B: np.ndarray, v_B: np.ndarray, y_B: np.ndarray, signal
     p_B: predicted pass rates; v_B: predicted chances of any signal; y_B: observed pass rates, all in [0, 1];
     signal_B: whether the group's rewards differ. B ≥ 1.
     """
+    signal_B = np.asarray(signal_B, bool)
     found = {
         "pred_mean": float(np.mean(p_B)),
         "target_mean": float(np.mean(y_B)),
         "mae": float(np.mean(np.abs(p_B - y_B))),
         "brier": brier(p_B, y_B),
-        "zero_auc": auc(1 - v_B, ~np.asarray(signal_B, bool)),
+        "zero_auc": auc(1 - v_B, ~signal_B),
         "spearman": spearman(p_B, y_B),
         "effective_ratio": float(np.mean(signal_B)),
+        "all_right": float(np.mean(~signal_B & (y_B >= 0.5))),
+        "all_wrong": float(np.mean(~signal_B & (y_B < 0.5))),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def shadow_line(metrics: Mapping[str, float]) -> str | None:
+    """Return what the filter would have done so far, in one sentence; None without the metrics of shadow mode."""
+    if "shadow_keep_rate" not in metrics:
+        return None
+    kept, ratio, unfiltered = (metrics[f"shadow_{x}"] for x in ("keep_rate", "effective_ratio", "unfiltered_ratio"))
+    return (
+        f"so far the filter would have kept {kept:.0%} of the groups; {ratio:.0%} of those had a signal, "
+        f"{unfiltered:.0%} of all groups"
+    )
+
+
+def said(step: int, rows: Sequence[Mapping[str, float]]) -> str:
+    """Return the console's line of a step: means over the last steps. What no step has is left out.
+
+    rows: the metrics of each of these steps, by name without the prefix depo/; at least one step.
+    """
+
+    def known(name: str) -> list[float]:
+        return [row[name] for row in rows if name in row]
+
+    parts, ratios = [], known("effective_ratio")
+    if shadow := next((line for row in reversed(rows) if (line := shadow_line(row))), None):
+        parts.append(shadow)
+    else:
+        if scanned := sum(known("scanned")):
+            parts.append(f"rolled out {sum(known('kept')) / scanned:.0%} of the prompts it looked at")
+        if ratios:
+            unfiltered = [row["effective_ratio"] / row["effective_gain"] for row in rows if row.get("effective_gain")]
+            beside = f" (about {fmean(unfiltered):.0%} without the filter)" if unfiltered else ""
+            parts.append(f"{fmean(ratios):.0%} of the groups had a signal{beside}")
+    if ratios:
+        predicted, observed = fmean(known("pred_mean")), fmean(known("target_mean"))
+        parts.append(f"predicted pass rate {predicted:.2f}, observed {observed:.2f}")
+    else:
+        parts.append("the estimator has judged no group")
+    if waited := known("time_blocked"):
+        parts.append(f"waited {fmean(waited):.1f} s a step for the estimator")
+    return f"DEPO: step {step}: {'; '.join(parts)}"
 
 
 def append_whole(file: io.FileIO, data: bytes) -> None:
@@ -116,19 +180,23 @@ def append_whole(file: io.FileIO, data: bytes) -> None:
 
 
 class MetricsFile:
-    """A file with one JSON object per line. An append writes the whole line before it returns, or nothing."""
+    """A file with one JSON object per line. An append writes whole lines before it returns, or nothing."""
 
     def __init__(self, path: Path):
         """Take the path. The first append creates folder and file."""
         self.path = Path(path)
 
-    def append(self, row: Mapping[str, float]) -> None:
-        """Add one line. Values that are not finite become null, because JSON has no NaN.
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Add one line for each row. Values that are not finite become null, because JSON has no NaN.
 
-        Raise OSError if the whole line cannot be written.
+        Raise OSError, with nothing added, if not all lines can be written.
         """
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        if not rows:
+            return
+        lines = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows
+        ]
+        data = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
         with self.path.open("ab", buffering=0) as file:
-            append_whole(file, line)
+            append_whole(file, data)

@@ -12,6 +12,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from depo_plugin.estimator import checkpoint
+from depo_plugin.estimator.metrics import Judgement, shadow_line
+from depo_plugin.filter import PromptFilter, record_of
 from depo_plugin.messages import Label, Record, Scores
 from depo_plugin.remote import handle
 from depo_plugin.remote.handle import DROPPED, Loaded, ask_until, last_line
@@ -42,6 +44,7 @@ class EstimatorActor:
         folder of our checkpoints; run: an id of this launch, by which it knows its own checkpoints.
         """
         self.args, self.group_size, self.root, self.run = args, group_size, Path(snapshot_root), run
+        self.filter = PromptFilter(config.from_namespace(args.depo).filter, group_size)  # of shadow mode
         self.rejected: list[Label] = []
         self.judged: list[Label] = []
         self.tally: Counter[str] = Counter()
@@ -114,6 +117,12 @@ class EstimatorActor:
         self.tally.update(tally)
         self.estimator.record(records)
 
+    def shadow(self, prompts: list[str], labels: list[str], datasources: list[str], tally: dict[str, float]) -> None:
+        """Score prompts that are rolled out anyway, and note what the filter would have done with them."""
+        judged = self.filter.judge(self.score(prompts, labels), datasources, None)
+        rows = zip(datasources, prompts, labels, judged, strict=True)
+        self.record([record_of(*row, share=1.0) for row in rows], tally)
+
     def keep_weights(self, prompts: list[str], labels: list[str]) -> tuple[list[float], list[float]]:
         """Return what the importance weights of these kept prompts are made of (see Ledger.keep_weights)."""
         return self.estimator.keep_weights(prompts, labels)
@@ -122,18 +131,22 @@ class EstimatorActor:
         """Take the label of a group that dynamic filtering threw away; it is judged with the next step's groups."""
         self.rejected.append(label)
 
-    def judge(self, labels: list[Label], dropped: int) -> dict[str, float]:
-        """Judge one step's groups; return the step's metrics by name without the prefix depo/.
+    def judge(self, labels: list[Label], dropped: int) -> Judgement:
+        """Judge one step's groups, and those that dynamic filtering threw away since the last step.
 
         dropped: groups of this step without a label. They are learned from by learn(), a call of its own, so that no
         one waits for it.
         """
-        labels, self.rejected, self.judged = labels + self.rejected, [], []
-        metrics = self.estimator.judge(labels, dropped + int(self.tally.pop(DROPPED, 0)))
-        self.judged = labels
-        metrics |= {"time_update": self.update_s, **self.tally}
+        rejected, self.rejected, self.judged = self.rejected, [], []
+        found = self.estimator.judge(labels, dropped + int(self.tally.pop(DROPPED, 0)), rejected)
+        self.judged = labels + rejected
+        found.metrics.update({"time_update": self.update_s, **self.tally})
         self.tally.clear()
-        return metrics
+        return found
+
+    def shadow_line(self) -> str | None:
+        """Return the sentence of shadow mode (see Ledger.shadow_metrics), None before the first group."""
+        return shadow_line(self.estimator.ledger.shadow_metrics())
 
     def learn(self) -> None:
         """Learn from the groups that were judged last."""

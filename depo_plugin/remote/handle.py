@@ -82,12 +82,17 @@ class RemoteEstimator:
         if self._tell("record", records, self.tally):
             self.tally = self._no_tally()
 
+    def shadow(self, prompts, labels, datasources) -> None:
+        """Show the estimator prompts that are rolled out anyway (shadow mode), and this process's tally."""
+        if self._tell("shadow", prompts, labels, datasources, self.tally):
+            self.tally = self._no_tally()
+
     def keep_weights(self, prompts, labels) -> tuple[list[float], list[float]] | None:
         """Return keep probabilities and kept/scanned of these prompts; None if the estimator cannot answer."""
         return self.wait(self._call("keep_weights", prompts, labels))
 
     def judge(self, labels: list[Label]) -> Call | None:
-        """Send one step's labels to be judged, without waiting; wait() for the returned call gives the metrics.
+        """Send one step's labels to be judged, without waiting; wait() for the returned call gives the Judgement.
 
         Groups that were dropped (in the tally) are sent along. Returns None if the estimator is behind: these labels
         are not learned from.

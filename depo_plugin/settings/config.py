@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from depo_plugin.advantage import BASES, DEFAULT_BASE
-from depo_plugin.filter import RULES
+from depo_plugin.rules import RULES, RuleError, rule_of
 from depo_plugin.settings.resources import resource_dir
 from depo_plugin.settings.value_kinds import (
     FRACTION,
@@ -28,6 +28,7 @@ from depo_plugin.settings.value_kinds import (
     TEXT,
     Kind,
     choice,
+    choice_or_file,
     integer,
     or_none,
 )
@@ -64,11 +65,14 @@ class FilterConfig:
     """Which prompts are rolled out."""
 
     rule: str = setting(
-        "window", "keep by predicted pass rate (window) or by expected signal (utility)", choice(*RULES)
+        "window",
+        "window (of predicted pass rates), utility, soft (by expected signal), or a FILE.py of your own",
+        choice_or_file(".py", *RULES),
     )
     low: float = setting(0.15, "window: lowest predicted pass rate that is kept", FRACTION)
     high: float = setting(0.85, "window: highest predicted pass rate that is kept", FRACTION)
     min_utility: float = setting(0.5, "utility: least chance that a group has any signal", FRACTION)
+    soft_utility: float = setting(0.75, "soft: chance of a signal from which every prompt is kept", SHARE)
     epsilon: float = setting(0.02, "exploration: chance that a rejected prompt is kept anyway", FRACTION)
     warmup_steps: int = setting(5, "estimator updates during which every prompt is kept", integer(0))
     max_scan: int = setting(8, "most prompts scanned for one batch, as a multiple of the batch size", integer(1))
@@ -280,6 +284,10 @@ def _clashes(cfg: DepoConfig, named: Callable[[str], str]) -> Iterator[tuple[tup
     if cfg.filter.rule == "window" and not cfg.filter.low < cfg.filter.high:
         fix = "Lower it, or use --depo.filter.rule utility."
         yield keys, f"{named('filter.low')}: must be below {named('filter.high')}. {fix}"
+    try:
+        rule_of(cfg.filter)
+    except RuleError as error:
+        yield ("filter.rule",), f"{named('filter.rule')}: {error}. Correct the file, or use {' or '.join(RULES)}."
     keys = ("advantage.importance_rescale", "advantage.base")
     if cfg.advantage.importance_rescale and cfg.advantage.base and BASES[cfg.advantage.base]:
         yield keys, whitened(*map(named, keys))
@@ -324,15 +332,19 @@ def summary(cfg: DepoConfig, args: Any, named: str | None) -> list[str]:
     """
     base = with_base(cfg, named).advantage.base
     source = " (--depo.advantage.base)" if cfg.advantage.base else "" if named else " (the launch names none)"
-    rule = f"window {cfg.filter.low:g} to {cfg.filter.high:g}"
-    if cfg.filter.rule == "utility":
-        rule = f"utility of at least {cfg.filter.min_utility:g}"
+    filter = cfg.filter
+    rule = {
+        "window": f"window {filter.low:g} to {filter.high:g}",
+        "utility": f"utility of at least {filter.min_utility:g}",
+        "soft": f"soft, all from a utility of {filter.soft_utility:g} on",
+    }.get(filter.rule, filter.rule)
     est = cfg.estimator
     place = f"{est.num_gpus:g} of a GPU" if est.num_gpus else f"{est.num_cpus} CPU core{'s' * (est.num_cpus > 1)}"
+    shadow = "in shadow mode (nothing is filtered or weighted; the log says what would be)"
     lines = [
-        f"DEPO is on: advantages by {base}{source}; filter rule {rule}, after {cfg.filter.warmup_steps} "
-        f"steps that keep every prompt; encoder {est.model or 'all-MiniLM-L6-v2 (bundled)'}, mode {est.mode}, on "
-        f"{place}; metrics depo/* in {Path(args.ckpt.output_dir) / 'depo' / 'metrics.jsonl'}"
+        f"DEPO is {shadow if args.depo.shadow else 'on'}: advantages by {base}{source}; filter rule {rule}, after "
+        f"{filter.warmup_steps} steps that keep every prompt; encoder {est.model or 'all-MiniLM-L6-v2 (bundled)'}, "
+        f"mode {est.mode}, on {place}; metrics depo/* in {Path(args.ckpt.output_dir) / 'depo' / 'metrics.jsonl'}"
     ]
     if not (args.reward.remote_url or args.train.agent_func_path):
         low, high = cfg.labels.reward_range
@@ -357,6 +369,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--depo.config", metavar="FILE", help="YAML file, or a shipped preset's name; flags win over it"
     )
+    group.add_argument(
+        "--depo.shadow",
+        action="store_true",
+        default=None,
+        help="predict and log what the filter would do; filter and weight nothing",
+    )
     for leaf in SETTINGS.values():
         text = f"{leaf.help} (default: {show(leaf.default)})"
         options: dict[str, Any] = {"metavar": leaf.kind.metavar, "help": text.replace("%", "%%"), "type": flag_value}
@@ -364,14 +382,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options |= {"nargs": "?", "const": True}
         elif leaf.kind is RANGE:
             options["nargs"] = 2
-        elif leaf.kind.metavar == TEXT.metavar:
+        elif leaf.kind.metavar == TEXT.metavar or leaf.key == "filter.rule":
             options["type"] = str  # a folder may be called 2024
         group.add_argument(leaf.flag, **options)
 
 
 def flag_names() -> list[str]:
     """Return every flag of DEPO."""
-    return ["--depo.config", *(leaf.flag for leaf in SETTINGS.values())]
+    return ["--depo.config", "--depo.shadow", *(leaf.flag for leaf in SETTINGS.values())]
 
 
 def _unknown_flag(flag: str) -> str:

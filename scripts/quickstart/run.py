@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ PRESETS = {
 }
 METHODS = {
     "depo": ["--advantage_estimator", "depo"],
+    "shadow": ["--algo.advantage.estimator", "group_norm", "--advantage_estimator", "depo", "--depo.shadow"],
     "grpo": ["--algo.advantage.estimator", "group_norm"],
     "dynamic": ["--algo.advantage.estimator", "group_norm", "--algo.dynamic_filtering_enable"],
 }
@@ -48,7 +50,7 @@ def parse_args(argv=None):
     """Return the options of this run."""
     parser = argparse.ArgumentParser(prog="quickstart_cpu.sh", description=__doc__, allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=40, help="training steps (default 40)")
-    parser.add_argument("--method", choices=METHODS, default="depo", help="dynamic is OpenRLHF's dynamic filtering")
+    parser.add_argument("--method", choices=METHODS, default="depo", help="shadow: grpo, and what depo would do")
     parser.add_argument("--model", choices=PRESETS, default="tiny")
     parser.add_argument("--out", type=Path, help="folder for everything that is written (default runs/MODEL-METHOD)")
     parser.add_argument("--seed", type=int, default=42)
@@ -112,7 +114,7 @@ def launch_flags(args, preset: Preset, model: Path, data: Path, episodes: int) -
         "--logger.tensorboard_dir": args.out / "tensorboard",
     }
     flags += [str(word) for pair in paths.items() for word in pair]
-    if args.method == "depo":
+    if args.method in ("depo", "shadow"):
         flags += ["--depo.filter.warmup_steps", str(preset.warmup_steps)]
     return flags + METHODS[args.method]
 
@@ -136,6 +138,8 @@ class StepLog:
             print(f"   evaluation: pass rate {summary.eval_pass_rate(metrics):.3f}", flush=True)
         elif "DEPO" in line and "WARNING" in line:
             print("   " + line.strip(), flush=True)
+        elif "DEPO: shadow mode" in line:
+            print(f"\n{line.strip()}", flush=True)
 
     def _write(self, row: dict) -> None:
         self.rows.write(json.dumps(row) + "\n")
@@ -183,6 +187,7 @@ def main() -> int:
     model, data = prepare_model(args.model), prepare_data(args, prompts)
     reward_log = args.out / "rollouts.jsonl"
     reward_log.unlink(missing_ok=True)
+    shutil.rmtree(args.out / "model" / "depo", ignore_errors=True)  # an earlier run's metrics
     flags = launch_flags(args, preset, model, data, episodes)
     say(
         f"Training {args.model} with {args.method}: {args.steps} steps of {preset.batch_size} prompts x "

@@ -1,7 +1,8 @@
-"""Summarise a quickstart run in five lines and a picture, from steps.jsonl and rollouts.jsonl in its folder."""
+"""Summarise a quickstart run in five lines, from steps.jsonl and rollouts.jsonl in its folder, and as a page."""
 
-import argparse
 import json
+import subprocess
+import sys
 from collections import defaultdict
 from math import isnan, nan
 from pathlib import Path
@@ -100,60 +101,10 @@ def lines(out: Path, method: str, warmup_steps: int, group_size: int) -> list[st
     ]
 
 
-def draw(out: Path, method: str, group_size: int) -> Path:
-    """Draw the run's curves into report.png and return its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = read_rows(out / "steps.jsonl")
-    steps = [row for row in rows if "eval" not in row]
-    evals = [row for row in rows if "eval" in row]
-    x = [row["step"] for row in steps]
-    figure, (signal, reward, error) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    if method == "depo":
-        signal.plot(x, unfiltered_ratio(steps), "--", color="gray", label="without the filter (estimated)")
-        signal.plot(x, column(steps, "depo/effective_ratio"), label="groups with signal")
-        signal.plot(x, column(steps, "depo/keep_rate"), label="keep rate")
-        reward.plot(x, column(steps, "depo/reward_unfiltered"), label="training, unfiltered stream")
-        error.plot(x, column(steps, "depo/mae"), label="mean absolute error")
-        error.plot(x, column(steps, "depo/spearman"), label="rank correlation")
-        error.set_title("predicted against measured pass rate")
-        error.legend()
-    else:
-        groups = [has_signal(group) for group in training_groups(out, group_size)]
-        size = max(1, len(groups) // len(x))
-        shares = [fmean(groups[i * size : (i + 1) * size]) for i in range(len(x))]
-        signal.plot(x, shares, label="groups with signal")
-        error.set_visible(False)
-    reward.plot(x, [row["rollout/reward_mean"] for row in steps], alpha=0.5, label="training, as trained on")
-    if evals:
-        reward.plot([r["step"] for r in evals], [eval_pass_rate(r["eval"]) for r in evals], "o-", label="held out")
-    signal.set(title="share of groups", ylim=(0, 1.05), xlabel="step")
-    reward.set(title="pass rate", ylim=(0, 1.05), xlabel="step")
-    error.set_xlabel("step")
-    signal.legend()
-    reward.legend()
-    path = out / "report.png"
-    figure.savefig(path, dpi=110)
-    return path
-
-
 def report(out: Path, method: str, warmup_steps: int, group_size: int) -> None:
-    """Print the five lines, and the paths of the picture and the metrics."""
+    """Print the five lines; with DEPO also write the page of `depo report`, and print its summary and path."""
     print()
     print("\n".join(lines(out, method, warmup_steps, group_size)))
-    print(f"\nreport   {draw(out, method, group_size)}")
-    if method == "depo":
-        print(f"metrics  {out / 'model' / 'depo' / 'metrics.jsonl'}")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--method", default="depo")
-    parser.add_argument("--warmup-steps", type=int, default=6)
-    parser.add_argument("--group-size", type=int, default=8)
-    options = parser.parse_args()
-    report(options.out, options.method, options.warmup_steps, options.group_size)
+    if method in ("depo", "shadow"):
+        print(flush=True)
+        subprocess.run([sys.executable, "-m", "depo_plugin.commands.cli", "report", str(out)], check=False)

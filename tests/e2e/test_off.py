@@ -6,10 +6,11 @@ import subprocess
 from pathlib import Path
 
 from safetensors.torch import load_file
-from stack import HELPERS, base_flags, cpu_ray, launch
+from stack import BATCH, HELPERS, base_flags, cpu_ray, launch
+from summary import read_rows
 
 SETTINGS = ("settings", *(f"settings.{name}" for name in ("config", "value_kinds", "resources", "yaml_io")))
-LIGHT = {"depo_plugin", *(f"depo_plugin.{name}" for name in ("hooks", "advantage", "filter", "messages", *SETTINGS))}
+LIGHT = {"depo_plugin", *(f"depo_plugin.{name}" for name in ("hooks", "advantage", "rules", *SETTINGS))}
 
 
 def replayed(flags, rollouts, out: Path, copy: Path):
@@ -23,15 +24,23 @@ def replayed(flags, rollouts, out: Path, copy: Path):
     return json.loads((out / "status.json").read_text()), load_file(out / "model" / "model.safetensors")
 
 
-def test_one_training_step_is_bit_identical_with_and_without_the_seam(tmp_path, plain_copy):
+SHADOW = ["--advantage_estimator", "depo", "--depo.shadow"]
+
+
+def test_one_training_step_is_bit_identical_without_the_seam_with_it_and_in_shadow_mode(tmp_path, plain_copy):
     flags = base_flags(tmp_path / "data", method="grpo")
     rollouts = tmp_path / "rollouts.pt"
     without, weights_without = replayed(flags, rollouts, tmp_path / "without", plain_copy)
     with_seam, weights_with = replayed(flags, rollouts, tmp_path / "with", cpu_ray.PATCHED)
     assert without["actor_grad_norm"] > 0
-    assert with_seam == without
-    assert weights_with.keys() == weights_without.keys()
-    assert all(weight.equal(weights_without[name]) for name, weight in weights_with.items())
+    assert len(set(without["drawn"])) == BATCH
+    shadow, weights_shadow = replayed([*flags, *SHADOW], rollouts, tmp_path / "shadow", cpu_ray.PATCHED)
+    for status, weights in ((with_seam, weights_with), (shadow, weights_shadow)):
+        assert status == without
+        assert weights.keys() == weights_without.keys()
+        assert all(weight.equal(weights_without[name]) for name, weight in weights.items())
+    (row,) = read_rows(tmp_path / "shadow" / "model" / "depo" / "metrics.jsonl")
+    assert row["depo/scanned"] == row["depo/kept"] + row["depo/unmatched"] == BATCH  # the estimator saw them all
 
 
 def test_no_process_loads_the_core_without_the_flag(tmp_path):

@@ -28,7 +28,7 @@ def main() -> None:
             deepspeed_side.load_state_dict(torch_side.state_dict())
         rows.append([])
         for side in (torch_side, deepspeed_side):
-            judged = side.judge(groups)
+            judged = side.judge(groups).metrics
             side.learn(groups)
             rows[-1].append(judged | side.state_dict()["losses"])
     weights = [side.state_dict()["text"]["model"] for side in (torch_side, deepspeed_side)]

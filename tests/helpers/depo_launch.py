@@ -5,6 +5,7 @@ import argparse
 from nested_args import nested
 
 from depo_plugin import hooks
+from depo_plugin.estimator.metrics import Judgement
 from depo_plugin.remote.handle import DROPPED, TALLY
 from depo_plugin.settings import config
 
@@ -45,11 +46,12 @@ def resolved(*flags, **others):
 class Recorder:
     """Stands where a process has its RemoteEstimator; keeps what is sent and answers what it was given.
 
-    call: the answer of judge(), None if the estimator is behind.
+    metrics, groups: what wait() answers, a Judgement; None without metrics. call: the answer of judge(), None if the
+    estimator is behind.
     """
 
-    def __init__(self, metrics=None, weights=None, save_s=0.5, call="sent"):
-        self.metrics, self.weights, self.save_s, self.call = metrics, weights, save_s, call
+    def __init__(self, metrics=None, weights=None, save_s=0.5, call="sent", groups=()):
+        self.metrics, self.weights, self.save_s, self.call, self.groups = metrics, weights, save_s, call, groups
         self.calls = []
         self.tally = dict.fromkeys([*TALLY, DROPPED], 0.0)
 
@@ -69,7 +71,7 @@ class Recorder:
 
     def wait(self, call):
         self.calls.append(("wait", call))
-        return self.metrics
+        return None if self.metrics is None else Judgement(dict(self.metrics), list(self.groups))
 
     def take_tally(self):
         taken = {name: self.tally[name] for name in TALLY}

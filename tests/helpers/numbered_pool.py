@@ -65,7 +65,7 @@ class Estimator:
         assert numbers
         assert labels == [f"label {i}" for i in numbers]
         p = np.array([self.pass_rate(i, self.updates) for i in numbers])
-        scores = Scores(self.strength * p, self.strength * (1 - p), self.updates)
+        scores = Scores(self.strength * p, self.strength * (1 - p), np.zeros(len(p)), self.updates)
         answer = self.answers.get(len(self.questions), lambda scores: scores)
         self.questions.append((self.updates, numbers))
         results = [answer and answer(scores)]

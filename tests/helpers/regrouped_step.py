@@ -75,6 +75,7 @@ def _step(mode, base):
         }
     )
     args.depo = config.to_namespace(config.load_config(None, settings))
+    args.depo.shadow = False
     strategy, tokenizer = SimpleNamespace(args=args), SimpleNamespace(pad_token_id=0)
     maker = RemoteExperienceMaker(None, None, None, None, SimpleNamespace(value=0.0), strategy, tokenizer)
     experiences = maker.split_rollout_samples([_sample(i) for i in SAMPLES])

@@ -49,6 +49,7 @@ def arguments(encoder, root, **settings):
         }
     )
     args.depo = config.to_namespace(cfg)
+    args.depo.shadow = False
     return args
 
 
@@ -91,7 +92,13 @@ def score(handle):
 
 
 def learn(handle, *labels):
-    """Take these labels through one step, as the hooks do; return its metrics."""
+    """Take these labels through one step, as the hooks do; return its metrics, or None without an answer."""
+    found = judged(handle, *labels)
+    return None if found is None else found.metrics
+
+
+def judged(handle, *labels):
+    """The same; return the whole Judgement."""
     call = handle.judge(list(labels))
     if call is not None:
         handle.learn()

@@ -1,9 +1,10 @@
 """Runs one real train_step on recorded rollouts; `python replay_step.py ROLLOUTS OUT -- FLAGS`, a test's helper.
 
-The first call, when ROLLOUTS does not exist, generates them with vLLM and writes them. OUT gets the step's status as
-status.json and the trained weights. Which OpenRLHF runs is PYTHONPATH's matter.
+The first call, when ROLLOUTS does not exist, generates them with vLLM and writes them. OUT gets the step's status and
+the prompts that the loader gives out as status.json, and the trained weights. PYTHONPATH says which OpenRLHF runs.
 """
 
+import itertools
 import json
 import runpy
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 import openrlhf.utils
 import ray
 import torch
+
+from depo_plugin import hooks
 
 SEED = 5
 
@@ -73,14 +76,19 @@ def replay(args, path: Path, out: Path) -> None:
     from openrlhf.trainer.ray.launcher import RayActorGroup
     from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 
-    strategy, tokenizer, _, max_steps = build(args)
+    if hooks.enabled(args):
+        hooks.start_estimator(openrlhf.utils.get_strategy(args), None)
+    strategy, tokenizer, prompts, max_steps = build(args)
+    drawn = [batch[1][0] for batch in itertools.islice(prompts, args.rollout.batch_size)]
     group = RayActorGroup(1, 1, PolicyModelActor, num_gpus_per_actor=1)
     ray.get(group.async_init_model_from_pretrained(strategy, args.actor.model_name_or_path, max_steps, None))
     trainer = BasePPOTrainer(strategy, group, None, None, None, None, tokenizer)
     samples = torch.load(path, weights_only=False)  # written by record(), in this test
     status, _ = trainer.train_step(samples, 1)
     ray.get(group.async_save_model())
-    plain = {name: value for name, value in status.items() if not name.startswith("timing/")}
+    plain = {name: value for name, value in status.items() if not name.startswith("timing/")} | {"drawn": drawn}
+    if hooks.enabled(args):
+        hooks.log(args, dict(status), 2)
     (out / "status.json").write_text(json.dumps(plain, sort_keys=True))
 
 

@@ -118,7 +118,7 @@ def arguments(folder: Path, encoder: str) -> SimpleNamespace:
     }
     settings |= {"filter.rule": "utility", "filter.min_utility": 0.8, "filter.epsilon": 0.2, "filter.warmup_steps": 2}
     args.depo = config.to_namespace(config.load_config(None, settings))
-    args.depo.enabled = True
+    args.depo.enabled, args.depo.shadow = True, False
     return args
 
 

@@ -61,7 +61,7 @@ class Pool:
 
     def score_async(self, prompts, labels):
         p = (np.array([int(prompt) for prompt in prompts]) + 0.5) / POOL
-        return SimpleNamespace(result=lambda: Scores(8 * p, 8 * (1 - p), 99))
+        return SimpleNamespace(result=lambda: Scores(8 * p, 8 * (1 - p), np.zeros(len(p)), 99))
 
     def record(self, records):
         self.records += records

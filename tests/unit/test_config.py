@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nested_args import nested
 
-from depo_plugin import advantage, filter, seam
+from depo_plugin import advantage, rules, seam
 from depo_plugin.commands import cli
 from depo_plugin.settings import config
 from depo_plugin.settings.config import ConfigError, DepoConfig, load_config
@@ -52,7 +52,7 @@ def parse(*argv):
 
 
 def test_every_setting_has_help_a_kind_and_a_default_that_is_allowed():
-    assert len(config.SETTINGS) == 30
+    assert len(config.SETTINGS) == 31
     for leaf in config.SETTINGS.values():
         assert leaf.help
         assert "\n" not in leaf.help
@@ -75,7 +75,7 @@ def test_defaults_are_the_designs():
 
 
 def test_choices_are_the_tables_beside_their_functions():
-    assert config.SETTINGS["filter.rule"].kind.choices == tuple(filter.RULES)
+    assert config.SETTINGS["filter.rule"].kind.choices == tuple(rules.RULES)
     assert config.SETTINGS["advantage.base"].kind.allowed.startswith(f"one of {', '.join(advantage.BASES)}")
 
 
@@ -109,6 +109,7 @@ def test_every_flag_is_read():
         "filter.low": ("0.25", 0.25),
         "filter.high": (".75", 0.75),
         "filter.min_utility": ("1", 1.0),
+        "filter.soft_utility": ("0.5", 0.5),
         "filter.epsilon": ("1e-1", 0.1),
         "filter.warmup_steps": ("3", 3),
         "filter.max_scan": ("9", 9),
@@ -187,8 +188,8 @@ def test_a_file_beside_wins_over_a_preset_of_its_name(yaml_file, tmp_path, monke
 
 # key, value as YAML gives it, what the text must hold beside the flag and the value
 WRONG = [
-    ("filter.rule", "windw", "one of window, utility. Did you mean window?"),
-    ("filter.rule", True, "one of window, utility. The default is window."),
+    ("filter.rule", "windw", "one of window, utility, soft, or a FILE.py. Did you mean window?"),
+    ("filter.rule", True, "one of window, utility, soft, or a FILE.py. The default is window."),
     ("filter.low", 1.5, "a number from 0 to 1. The default is 0.15."),
     ("filter.low", True, "a number from 0 to 1"),
     ("filter.low", None, "a number from 0 to 1"),

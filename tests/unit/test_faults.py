@@ -326,8 +326,9 @@ def test_an_estimator_on_a_full_disk_goes_on_and_saves_again_when_there_is_room(
     disk.fill()
     assert [run.filters() for _ in range(2 * POOL // BATCH)][-1], "new texts are embedded, but not kept"
     hooks.save(own, "global_step2")
-    metrics, save = warnings_of(caplog)
+    metrics, groups, save = warnings_of(caplog)
     assert str(disk.folder / "model/depo/metrics.jsonl") in metrics
+    assert str(disk.folder / "model/depo/groups.jsonl") in groups
     assert save.startswith("DEPO: the estimator's checkpoint global_step2 could not be written ([Errno 28] No space")
     assert checkpoint.latest_valid(disk.folder / "ckpt" / "depo", "global_step2")[1]["updates"] == saved
     caplog.clear()

@@ -15,7 +15,8 @@ import torch
 from depo_launch import Recorder, nested, resolved
 from rollouts import micro_batch
 
-from depo_plugin import hooks
+import depo_plugin
+from depo_plugin import hooks, seam
 from depo_plugin.advantage import BASES
 from depo_plugin.messages import Label
 from depo_plugin.settings import config
@@ -266,8 +267,8 @@ def test_observe_asks_for_importance_weights_before_the_labels_are_judged(flags,
     batch = micro_batch(range(4), [0.0, 1.0, 1.0, 1.0])
     batch.advantages = torch.full((4, 1), 3.0)
     hooks.observe(resolved(*flags), [batch], 1)
-    labels = [Label("p0", "a0", 0.5, pytest.approx(math.exp(-1)), 2, True)]
-    labels += [Label("p1", "a1", 1.0, pytest.approx(math.exp(-1)), 2, False)]
+    labels = [Label("p0", "a0", 0.5, pytest.approx(math.exp(-1)), 2, True, 2)]
+    labels += [Label("p1", "a1", 1.0, pytest.approx(math.exp(-1)), 2, False, 2)]
     expected = [("keep_weights", ["p0", "p1"], ["a0", "a1"])] * bool(flags)
     assert process.handle.calls == expected + [("judge", labels)] + [("learn",)] * bool(call)
     assert process.pending_metrics == call
@@ -319,7 +320,7 @@ def test_rewards_of_every_shape_are_observed_and_rejected(shape, process):
 
 def test_a_rejected_group_is_sent_and_its_place_given_back(process):
     group = [micro_batch([i], [1.0], scores=[1.0]) for i in range(2)]
-    sent = ("reject", Label("p0", "a0", 1.0, None, 2, False))
+    sent = ("reject", Label("p0", "a0", 1.0, None, 2, False, 2))
     hooks.reject(resolved(), group)
     hooks.reject(resolved("--depo.labels.reward_range", "-3", "-1"), group)
     assert process.handle.tally["clipped"] == 2
@@ -349,8 +350,103 @@ def test_log_adds_the_metrics_to_the_status_and_to_the_file(process, tmp_path):
     process.handle.tally |= {"labels_unsent": 3.0, "clipped": 6.0}
     hooks.log(args, {"policy_loss": 0.25}, 7)
     rows = [json.loads(line) for line in (tmp_path / "my model/depo/metrics.jsonl").read_text().splitlines()]
+    assert 0 <= rows[1].pop("depo/time_step") < 60  # since the step before
     known = {"depo/time_blocked": 0.0, "depo/labels_unsent": 3.0, "depo/clipped": 6.0}
     assert rows == [{"step": 6, "policy_loss": 0.125} | depo, {"step": 7, "policy_loss": 0.25} | known]
+
+
+LINES = [
+    {"key": "00ff", "reason": "warmup", "p": 0.5, "prompt": "p0", "label": "a0"},
+    {"key": "0100", "reason": None, "p": math.nan, "rejected": True},
+]
+
+
+def test_log_writes_a_line_for_each_group_with_its_step_first(process, tmp_path, caplog):
+    """A step without an answer has no groups; a folder that cannot be written is one warning, and training goes on."""
+    args = resolved(**{"ckpt.output_dir": str(tmp_path)})
+    for step, groups in ((6, LINES), (7, None), (8, LINES[:1])):
+        process.handle = Recorder(metrics=None if groups is None else {"kept": 2.0}, groups=groups or ())
+        hooks.log(args, {}, step)
+    path = tmp_path / "depo" / "groups.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{"step": 6} | LINES[0], {"step": 6} | LINES[1] | {"p": None}, {"step": 8} | LINES[0]]
+    assert [list(row)[:2] for row in rows] == [["step", "key"]] * 3
+    path.unlink()
+    path.mkdir()
+    for step in (9, 11):
+        hooks.log(args, status := {}, step)
+        assert status["depo/kept"] == 2.0
+    (warning,) = caplog.messages
+    assert warning.startswith(f"DEPO: {path} cannot be written (")
+    assert warning.endswith("; training goes on, steps are missing in it.")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "depo" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [6, 7, 8, 9, 11], "the metrics are written all the same"
+
+
+def test_one_line_on_the_console_every_ten_steps_and_at_the_first_after_the_warm_up(process, tmp_path, caplog):
+    """Each is of the steps since the last one: 1 to 10, 11 to 13, 14 to 20; step 15 has no answer."""
+    caplog.set_level("INFO", logger="openrlhf.depo_plugin.hooks")
+    args = resolved(**{"ckpt.output_dir": str(tmp_path)})
+    for step in range(1, 21):
+        reasons = ["warmup", None, "unscored"] + ["explored"] * (step > 12)
+        rate = {"effective_ratio": step / 100, "pred_mean": 0.5, "target_mean": 0.25}
+        process.handle = Recorder(None if step == 15 else rate, groups=[{"reason": one} for one in reasons])
+        process.handle.tally["time_blocked"] = 2.0
+        hooks.log(args, {}, step)
+    end = "predicted pass rate 0.50, observed 0.25; waited 2.0 s a step for the estimator"
+    assert caplog.messages == [
+        f"DEPO: step {step}: {ratio}% of the groups had a signal; {end}"
+        for step, ratio in ((10, 6), (13, 12), (20, 17))
+    ]
+
+
+def test_the_start_writes_the_launchs_settings_without_what_can_be_secret(monkeypatch, tmp_path, caplog):
+    """OpenRLHF's sections as they are after resolve(); a name with key, token, secret or password is left out."""
+    from depo_plugin.remote import actor
+
+    monkeypatch.setattr(seam, "SIGNATURES", {})
+    monkeypatch.setattr(actor, "create", lambda *args: "the actor")
+    secrets = {
+        "train.api_key": "hidden",
+        "vllm.deep.HF_TOKEN": "hidden",
+        "ds.dict": {"Password": "hidden", "rank": 8},
+        "logger.wandb.name": "hidden",
+        "reward.remote_url": "http://hidden",
+        "ckpt.note": "hidden",
+        "elsewhere": "hidden",
+    }
+    plain = {"actor.eps_clip_low_high": (0.2, 0.3), "actor.lr": 1e-6, "eval.dataset": None, "vllm.deep.path": tmp_path}
+    folder = {"ckpt.output_dir": str(tmp_path / "my model")}
+    args = resolved("--depo.filter.low", "0.3", **plain | {"algo.limit": math.inf} | secrets | folder)
+    hooks.start_estimator(SimpleNamespace(args=args), None)
+    path = tmp_path / "my model" / "depo" / "settings.json"
+    text = path.read_text()
+    assert "hidden" not in text
+    found = json.loads(text)
+    assert list(found) == ["version", "depo", "launch"]
+    assert found["version"] == depo_plugin.__version__
+    settings = config.load_config(None, {"filter.low": 0.3, "advantage.base": "group_norm"})
+    assert found["depo"] == {"shadow": False} | config.to_dict(settings)
+    assert set(found["launch"]) == {"actor", "algo", "data", "eval", "rollout", "train", "vllm", "ds"}
+    assert found["launch"]["actor"] == {"eps_clip_low_high": [0.2, 0.3], "lr": 1e-6}
+    assert found["launch"]["algo"]["limit"] == "inf"
+    assert found["launch"]["algo"]["advantage"] == {"estimator": "group_norm"}
+    assert found["launch"]["ds"] == {"dict": {"rank": 8}}
+    assert found["launch"]["vllm"] == {"num_engines": 1, "deep": {"path": str(tmp_path)}}
+    assert found["launch"]["train"]["colocate_all"] is False
+    assert (hooks._process.driver_actor, caplog.messages) == ("the actor", [])
+
+
+def test_settings_that_cannot_be_written_are_one_warning(monkeypatch, tmp_path, caplog):
+    from depo_plugin.remote import actor
+
+    monkeypatch.setattr(seam, "SIGNATURES", {})
+    monkeypatch.setattr(actor, "create", lambda *args: "the actor")
+    (tmp_path / "depo").write_text("a file where the folder should be")
+    hooks.start_estimator(SimpleNamespace(args=resolved(**{"ckpt.output_dir": str(tmp_path)})), None)
+    (warning,) = caplog.messages
+    assert warning.startswith(f"DEPO: {tmp_path / 'depo' / 'settings.json'} cannot be written (")
+    assert hooks._process.driver_actor == "the actor"
 
 
 def test_save_names_the_tags_that_openrlhf_still_has(process, tmp_path):

@@ -39,9 +39,9 @@ def test_groups_are_put_together_by_index_if_micro_batches_cut_across_them():
     assert (found[0].prompts, found[0].answers) == (["p0", "p1", "p2"], ["a0", "a1", "a2"])
     d = [math.exp(-(0.1 * i + 0.2) / 2) for i in (1, 4, 7)]  # i: the mean of a group's places
     assert found[0].labels == [
-        Label("p0", "a0", pytest.approx(1 / 3), pytest.approx(d[0]), 3, True),
-        Label("p1", "a1", 1.0, pytest.approx(d[1]), 3, False),
-        Label("p2", "a2", pytest.approx(2 / 3), pytest.approx(d[2]), 3, True),
+        Label("p0", "a0", pytest.approx(1 / 3), pytest.approx(d[0]), 3, True, 6),
+        Label("p1", "a1", 1.0, pytest.approx(d[1]), 3, False, 6),
+        Label("p2", "a2", pytest.approx(2 / 3), pytest.approx(d[2]), 3, True, 6),
     ]
 
 
@@ -54,7 +54,9 @@ def test_groups_are_put_together_by_index_if_micro_batches_cut_across_them():
 )
 def test_d_is_the_exponential_of_the_mean_over_responses_of_their_mean_token_log_prob(log_probs, mask):
     batch = micro_batch([0, 1], [0, 1], log_probs=log_probs, mask=mask)
-    assert only(from_experiences([batch], 2, UNIT)).d == pytest.approx(math.exp(-0.4), rel=1e-6)
+    label = only(from_experiences([batch], 2, UNIT))
+    assert label.d == pytest.approx(math.exp(-0.4), rel=1e-6)
+    assert label.tokens == 3
 
 
 @pytest.mark.parametrize(("log_prob", "d"), [(0.0, 1 - 1e-4), (-1e-6, 1 - 1e-4), (-30.0, 1e-4), (-math.inf, 1e-4)])
@@ -66,7 +68,7 @@ def test_d_is_clamped(log_prob, d):
 
 def test_d_is_unknown_if_a_log_prob_is_nan_and_the_score_still_counts():
     batch = micro_batch([0, 1], [0, 1], log_probs=[[math.nan], [-1.0]])
-    assert only(from_experiences([batch], 2, UNIT)) == Label("p0", "a0", 0.5, None, 2, True)
+    assert only(from_experiences([batch], 2, UNIT)) == Label("p0", "a0", 0.5, None, 2, True, 2)
 
 
 @pytest.mark.parametrize(
@@ -165,10 +167,14 @@ def test_half_precision_rewards_and_log_probs_are_taken():
 
 
 def test_a_group_that_dynamic_filtering_throws_away_has_no_d_and_its_scores_as_rewards():
-    group = [micro_batch([i], [9.0], scores=[score], group_size=4) for i, score in enumerate([0, 1, 1, 1])]
-    assert only(from_rejected(group, UNIT)) == Label("p0", "a0", 0.75, None, 4, True)
+    group = [
+        micro_batch([i], [9.0], scores=[score], log_probs=[[-1.0] * (i + 1)], mask=[[1] * i + [i % 2]], group_size=4)
+        for i, score in enumerate([0, 1, 1, 1])
+    ]
+    assert sum(one.action_mask.sum() for one in group) == 0 + 2 + 2 + 4
+    assert only(from_rejected(group, UNIT)) == Label("p0", "a0", 0.75, None, 4, True, 8)
     group = [micro_batch([i], [9.0], scores=[1], group_size=4) for i in range(4)]
-    assert only(from_rejected(group, UNIT)) == Label("p0", "a0", 1.0, None, 4, False)
+    assert only(from_rejected(group, UNIT)) == Label("p0", "a0", 1.0, None, 4, False, 4)
     found = from_rejected(group, (-1.0, 0.5))
     assert (found.labels[0].y, found.clipped) == (1.0, 4)
     group[2].scores = torch.tensor([math.nan])

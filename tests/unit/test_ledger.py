@@ -58,24 +58,55 @@ def test_the_unfiltered_stream_by_hand(ledger):
         ]
     )
     assert (3.1 - 0.6 + 0.1 - 5.0 + 1.0) / 7 < 0.01
+    rejects = {"too_easy": 0.0, "too_hard": 1.0}
     assert come_back(ledger, [labels[i] for i in (3, 0, 4, 2, 1)]) == pytest.approx(
         {"scanned": 7, "kept": 5, "explored": 1, "forced": 1, "unscored": 1, "unmatched": 0, "keep_rate": 5 / 7}
         | {"reward_unfiltered": (2.6 + 0.2 - 0.25 - 1.0 + 0.25) / 7, "effective_gain": 0.6 / 0.01}
+        | rejects
     )
     assert ledger.rollouts_saved == pytest.approx(GROUP * (3 / 0.01 - 5))
 
 
-def test_the_unfiltered_effective_ratio_fades_over_steps(ledger):
-    """Step 1: V sums to 1.2 over 2, both kept, signals 1 and 0: 1.2 + 0.4 − 0.6 = 1 over 2. Step 2: V = 0.9 and a
-    signal over 4 with three rejected of 0.1: 0.3 + 0.9 + 0.1 = 1.3. r₀ = (0.9·1 + 1.3) / (0.9·2 + 4)."""
-    one, two, three = group("1=", 1), group("2=", 4), group("3=", 2)
+def test_what_is_estimated_of_the_unfiltered_stream_fades_over_steps(ledger):
+    """Step 1: V sums to 1.2 over 2, both kept, signals 1 and 0: 1.2 + 0.4 − 0.6 = 1 over 2. Step 2: V = 0.95 and a
+    signal, kept with q = 0.5, over 4 with three rejected of 0.1: 0.3 + 0.95 + 0.05 / 0.5 = 1.35.
+    r₀ = (0.9·1 + 1.35) / (0.9·2 + 4).
+
+    Pass rates: 0.25 and 1 were kept, 1.25 over 2. Then p̂ = 0.5 and 0.75 observed, over 4 with three rejected of
+    0.1: 0.3 + 0.5 + 0.25 / 0.5 = 1.3. Step 3 finds no decision and changes nothing.
+    """
+    one, two, three = group("1=", 1), group("2=", 4), group("3=", 3)
     ledger.record([record_of(one, v=0.6), record_of(two, v=0.6)])
-    assert come_back(ledger, [one, two])["effective_gain"] == pytest.approx(0.5 / 0.5)
+    found = come_back(ledger, [one, two])
+    assert found["effective_gain"] == pytest.approx(0.5 / 0.5)
+    assert found["reward_unfiltered"] == pytest.approx(1.25 / 2)
     assert ledger.rollouts_saved == pytest.approx(0.0)
-    ledger.record([record_of(three, v=0.9), *(rejected(0.1, 0.1, str(i)) for i in range(3))])
-    rate = (0.9 * 1 + 1.3) / (0.9 * 2 + 4)
-    assert come_back(ledger, [three])["effective_gain"] == pytest.approx(1 / rate)
-    assert ledger.rollouts_saved == pytest.approx(GROUP * (1 / rate - 1))
+    ledger.record([record_of(three, v=0.95, q=0.5), *(rejected(0.1, 0.1, str(i)) for i in range(3))])
+    rate = (0.9 * 1 + 1.35) / (0.9 * 2 + 4)
+    resumed = Ledger()
+    resumed.load_state_dict(ledger.state_dict())
+    for made in (ledger, resumed):
+        found = come_back(made, [three])
+        assert found["effective_gain"] == pytest.approx(1 / rate)
+        assert found["reward_unfiltered"] == pytest.approx((0.9 * 1.25 + 1.3) / (0.9 * 2 + 4))
+        assert made.rollouts_saved == pytest.approx(GROUP * (1 / rate - 1))
+        assert come_back(made, [three])["reward_unfiltered"] == found["reward_unfiltered"]
+
+
+def test_rejected_candidates_are_told_apart_by_the_predicted_pass_rate(ledger):
+    """A batch that kept two rejected 0.9, 0.5 and 0.1; one that kept nothing before it rejected 0.2 and 0.3. So each
+    of the two carries 1 easy and 1.5 hard ones. The next batch rejected one easy one, the last one none."""
+    batches = [[], [group("1=", 1), group("2=", 1)], [group("3=", 1)], [group("4=", 1)]]
+    for kept, ps in zip(batches, [(0.2, 0.3), (0.9, 0.5, 0.1), (0.7,), ()], strict=True):
+        ledger.record([*(rejected(p, 0.1, f"{p}") for p in ps), *map(record_of, kept)])
+    resumed = Ledger()
+    resumed.load_state_dict(ledger.state_dict())
+    (one, two), (three,), (four,) = batches[1:]
+    for made in (ledger, resumed):
+        for labels, easy in (([one], 1 / 2.5), ([two, three], 2 / 3.5)):
+            found = come_back(made, labels)
+            assert (found["too_easy"], found["too_hard"]) == (pytest.approx(easy), pytest.approx(1 - easy))
+        assert not {"too_easy", "too_hard"} & set(come_back(made, [four])), "nothing was rejected"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +128,7 @@ def test_what_a_plan_scanned_is_counted_when_its_groups_come_back(ledger, plans,
     for step, expected in zip(steps, scanned, strict=True):
         found = come_back(ledger, [group(f"{i}=", 2) for i in step])
         assert found.get("scanned") == expected
-        assert ("reward_unfiltered" in found) == (expected is not None)
+        assert ("keep_rate" in found) == (expected is not None)
         assert found["unmatched"] == (expected is None)
 
 

@@ -1,5 +1,6 @@
 """The metrics against pairs counted one by one and numbers worked by hand."""
 
+import io
 import json
 
 import numpy as np
@@ -81,6 +82,8 @@ def test_prediction_metrics_by_hand():
             # Ranks of p are 3, 2, 1 and of y 3, 1, 2: rho = 1 - 6 * (0 + 1 + 1) / (3 * 8)
             "spearman": 0.5,
             "effective_ratio": 2 / 3,
+            "all_right": 1 / 3,
+            "all_wrong": 0.0,
         }
     )
     assert set(found) <= set(metrics.NAMES)
@@ -91,6 +94,71 @@ def test_prediction_metrics_leave_out_what_is_undefined():
     assert "zero_auc" not in found
     assert "spearman" not in found
     assert found["effective_ratio"] == 1.0
+
+
+def test_groups_without_a_signal_are_told_apart_by_their_pass_rate():
+    """Of six, one has a signal; two of the others were all right, one of them at the limit of 0.5."""
+    y, signal = np.array([1.0, 0.5, 0.49, 0.0, 0.0, 0.75]), np.array([False, False, False, False, False, True])
+    found = metrics.prediction_metrics(np.full(6, 0.5), np.full(6, 0.5), y, signal)
+    assert (found["all_right"], found["all_wrong"], found["effective_ratio"]) == (2 / 6, 3 / 6, 1 / 6)
+
+
+STEP = {"scanned": 40.0, "kept": 8.0, "effective_ratio": 0.75, "effective_gain": 1.5, "time_blocked": 0.25}
+STEP |= {"pred_mean": 0.5, "target_mean": 0.625}
+# Kept 20 of 100; ratios 0.75 and 0.5; without the filter 0.5 and 0.25.
+OTHER = {"scanned": 60.0, "kept": 12.0, "effective_ratio": 0.5, "effective_gain": 2.0, "time_blocked": 1.0}
+OTHER |= {"pred_mean": 0.25, "target_mean": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            [STEP, OTHER],
+            "rolled out 20% of the prompts it looked at; 62% of the groups had a signal "
+            "(about 38% without the filter); "
+            "predicted pass rate 0.38, observed 0.38; waited 0.6 s a step for the estimator",
+        ),
+        (
+            [{"time_blocked": 0.0}, STEP],  # the estimator did not answer once
+            "rolled out 20% of the prompts it looked at; 75% of the groups had a signal "
+            "(about 50% without the filter); "
+            "predicted pass rate 0.50, observed 0.62; waited 0.1 s a step for the estimator",
+        ),
+        (
+            [{"effective_ratio": 0.0, "effective_gain": 0.0, "pred_mean": 0.5, "target_mean": 1.0, "kept": 0.0}],
+            "0% of the groups had a signal; predicted pass rate 0.50, observed 1.00",
+        ),
+        ([{"time_blocked": 30.0}], "the estimator has judged no group; waited 30.0 s a step for the estimator"),
+        ([{}], "the estimator has judged no group"),
+    ],
+    ids=["two steps", "one without an answer", "nothing scanned", "no answer", "nothing known"],
+)
+def test_the_consoles_line_by_hand(rows, expected):
+    assert metrics.said(40, rows) == f"DEPO: step 40: {expected}"
+
+
+def test_rows_of_one_append_are_written_together_or_not_at_all(tmp_path, monkeypatch):
+    """The second of two writes fails, after the first took part of the lines."""
+    file = metrics.MetricsFile(tmp_path / "depo" / "groups.jsonl")
+    file.append()
+    assert not file.path.exists(), "no rows, no file"
+    file.append({"step": 1, "key": "a"}, {"step": 1, "key": "b", "p": float("nan")})
+    before = file.path.read_text()
+    expected = [{"step": 1, "key": "a"}, {"step": 1, "key": "b", "p": None}]
+    assert [json.loads(line) for line in before.splitlines()] == expected
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if len(data) < 60:
+                raise OSError("No space left")
+            return super().write(data[:20])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(file.path), "open", lambda path, mode, buffering: Full(path, mode))
+        with pytest.raises(OSError, match="No space left"):
+            file.append(*({"step": 2, "key": "c"} for _ in range(3)))
+    assert file.path.read_text() == before
 
 
 def test_metrics_file_can_be_read_after_each_append(tmp_path):

@@ -71,12 +71,11 @@ def depo_step(number, **metrics):
 
 
 def depo_run(folder, steps):
-    """Write what a run with these steps leaves in its folder, and draw its report; return the five lines."""
+    """Write what a run with these steps leaves in its folder; return the five lines."""
     rollouts = [{"prompt": "1 + 1 =", "reward": reward} for reward in (0.0, 1.0)]
     (folder / "data").mkdir()
     for name, rows in (("steps", steps), ("rollouts", rollouts), ("data/eval", [{"input": "2 + 2 ="}])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert summary.draw(folder, "depo", group_size=2).is_file()
     return summary.lines(folder, "depo", warmup_steps=0, group_size=2)
 
 

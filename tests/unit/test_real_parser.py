@@ -115,7 +115,7 @@ def test_the_comparison_sees_launches_that_work_and_others(plain):
 def test_depo_is_group_norm_and_settings(name, depo, plain):
     args = dict(depo[name].args)
     settings = args.pop("depo")
-    assert settings.pop("enabled") is True
+    assert (settings.pop("enabled"), settings.pop("shadow")) == (True, False)
     assert settings == config.to_dict(config.with_base(config.DepoConfig(), None))
     # What OpenRLHF decides by the estimator's name is as for a plain launch: no critic, its checks, its branches.
     assert same_args(args) == same_args(plain["group_norm"].args)
@@ -128,7 +128,7 @@ def test_the_base_advantage_takes_its_place(depo, plain):
 
 def test_preset_and_flag_reach_the_arguments(depo):
     settings = depo["preset and flag"].args["depo"]
-    assert settings.pop("enabled") is True
+    assert (settings.pop("enabled"), settings.pop("shadow")) == (True, False)
     flags = {"filter.low": 0.3, "estimator.model": ENCODER}
     assert settings == config.to_dict(config.with_base(config.load_config("depo_paper", flags), None))
 

@@ -54,6 +54,7 @@ def test_each_group_is_labelled_and_weighted_as_one_though_micro_batches_cut_acr
     for g, label in enumerate(labels):
         own = slice(g * GROUP, (g + 1) * GROUP)
         assert (label["label"], label["n"], label["y"]) == (f"a{g}", GROUP, fmean(REWARDS[own]))
+        assert label["tokens"] == sum(LENGTHS[own])
         assert label["d"] == pytest.approx(math.exp(fmean(LOG_PROBS[own])), rel=1e-5)
         assert label["signal"] == (len(set(REWARDS[own])) == 2)
     weights = [share / q if rescaled else 1.0 for share, q in zip(SHARES, CHANCES, strict=True)]
@@ -72,5 +73,6 @@ def test_a_rejected_group_of_openrlhfs_single_responses_has_a_label_without_d(st
     (label,) = steps["rejected"]
     y = fmean(REWARDS[:GROUP])
     assert 0 < y < 1
-    assert label == {"prompt": "p0", "label": "a0", "y": y, "d": None, "n": GROUP, "signal": True}
+    tokens = sum(LENGTHS[:GROUP])
+    assert label == {"prompt": "p0", "label": "a0", "y": y, "d": None, "n": GROUP, "signal": True, "tokens": tokens}
     assert set(Sample.__dataclass_fields__) <= set(steps["fields"]), "the tests' stand-in has OpenRLHF's fields"

@@ -19,6 +19,7 @@ from remote_run import (
     GROUP,
     PROMPTS,
     arguments,
+    judged,
     label,
     learn,
     on,
@@ -72,7 +73,10 @@ def test_what_was_planned_rejected_and_rolled_out_is_learned_in_one_step(handle)
     assert not any(handle.tally.values())  # it went with the records, and comes back with the step's metrics
     assert handle.keep_weights(PROMPTS[:3], ANSWERS[:3]) == ([0.05, 1.0, 1.0], [0.5, 0.5, 1.0])
     handle.reject(label(1, 1.0, d=None))
-    metrics = learn(handle, label(0, 0.25))
+    metrics, lines = judged(handle, label(0, 0.25))
+    told = [(line["key"], line["y"], line["q"], line.get("rejected")) for line in lines]
+    keys = [f"{prompt_key(PROMPTS[i], ANSWERS[i]):016x}" for i in range(2)]
+    assert told == [(keys[0], 0.25, 0.05, None), (keys[1], 1.0, 1.0, True)]
     # Both kept groups came back, one of them through reject(): 2 kept of 4 scanned, mean pass rate 0.625.
     expected = {"scanned": 4, "kept": 2, "keep_rate": 0.5, "target_mean": 0.625}
     expected |= {"updates": before, "time_blocked": 1.5, "labels_dropped": 2}

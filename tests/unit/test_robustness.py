@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 
 import numpy as np
@@ -45,7 +46,8 @@ def label(prompt, y=0.5, n=8, d=0.5, signal=True):
 def take_and_check(made, step, asked=()):
     """Judge and learn, then score twice: distributions with a mean inside (0, 1), the same both times; no metric and
     no weight is NaN or infinite."""
-    metrics, prompts = made.judge(step), [*asked, *(one.prompt for one in step)]
+    (metrics, lines), prompts = made.judge(step), [*asked, *(one.prompt for one in step)]
+    assert len(json.loads(json.dumps(lines, allow_nan=False))) == len(step)
     made.learn(step)
     scores, again = (made.score(prompts, ["answer"] * len(prompts)) for _ in range(2))
     np.testing.assert_array_equal(np.r_[scores.a, scores.b], np.r_[again.a, again.b])

@@ -105,7 +105,7 @@ def test_kills_between_any_two_calls_of_the_start_cost_nothing_but_scores(
     own = arguments(args.depo.estimator.model, tmp_path / "ckpt", **{"filter.warmup_steps": 0})
     own.train.num_episodes, own.train.batch_size, own.train.max_epochs = 100, BATCH * GROUP, 1
     own.rollout.vllm_generate_batch_size = BATCH
-    own.depo.enabled = True
+    own.depo.enabled, own.depo.shadow = True, False
     earlier = DifficultyEstimator(config.from_namespace(own.depo), GROUP, own.train.seed)
     for _ in range(3):
         earlier.learn([label(0, 0.5)])
