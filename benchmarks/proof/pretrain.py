@@ -1,0 +1,149 @@
+"""Train `policy/`, the proof's policy, from scratch: `python -m benchmarks.proof.pretrain`.
+
+A Llama as in scripts/quickstart/pretrain_tiny.py learns the easy and learnable levels of ladder.py. In the last part
+of its training it sees confused answers (another operation's answer), at a rate that depends on the problem. It needs
+plain torch and no network. It ends by printing the table of policy/README.md.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from pretrain_tiny import EOS, PAD, UNK, VOCAB_SIZE, make_model, sample
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks.proof.ladder import (
+    EASY,
+    LEARNABLE,
+    LEVELS,
+    OPERATIONS,
+    WORDS,
+    Level,
+    answer_of,
+    confused_answer,
+    draw_in_split,
+    prompt_of,
+    taught_rate,
+)
+
+POLICY = Path(__file__).parent / "policy"
+SIGNS = [f"{op} " if op in WORDS else f" {op} " for op in OPERATIONS] + [" =", " "]
+STUDIED = EASY + LEARNABLE  # hopeless levels are never taught
+WEIGHTS = {"add-3terms": 3, "add-3digit": 2, "sub-2digit": 2, "sub-3digit": 3, "mod-2by1digit": 3, "sum-4digit": 2}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer: one token per digit, word and sign with its spaces, so "max 47 85 =" is seven tokens."""
+    tokens = ["<pad>", "<eos>", "<unk>", *"0123456789", *SIGNS]
+    # Every id that can be sampled must have a text, or vLLM's detokenizer stops the engine.
+    tokens += [f"<spare-{i}>" for i in range(VOCAB_SIZE - len(tokens))]
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    pieces = rf"(?:{'|'.join(WORDS)}) | [+|*/%-] | =|[\s\S]"
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
+    )
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<unk>"]) == [PAD, EOS, UNK]
+    return tokenizer
+
+
+def make_batch(tokenizer, size: int, rng: random.Random, *, confused: bool) -> tuple[Tensor, Tensor]:
+    """Return random training problems: tokens (B, T), padded right, and targets (B, T), -100 outside the answers."""
+    weights = [4 if confused and level in EASY else WEIGHTS.get(level.name, 1) for level in STUDIED]
+    levels = rng.choices(STUDIED, weights=weights, k=size)
+    texts = []
+    for level in levels:
+        operands = draw_in_split(level, rng, evaluation=False)
+        wrong = confused and rng.random() >= taught_rate(level, operands)
+        texts += [prompt_of(level, operands), (confused_answer if wrong else answer_of)(level, operands)]
+    ids = tokenizer(texts).input_ids
+    pairs = [(prompt, [*answer, EOS]) for prompt, answer in zip(ids[::2], ids[1::2], strict=True)]
+    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    tokens_BT = torch.full((size, width), PAD)
+    targets_BT = torch.full((size, width), -100)
+    for i, (prompt, answer) in enumerate(pairs):
+        start, end = len(prompt), len(prompt) + len(answer)
+        tokens_BT[i, :end] = torch.tensor(prompt + answer)
+        targets_BT[i, start - 1 : end - 1] = torch.tensor(answer)
+    return tokens_BT, targets_BT
+
+
+def train(model, tokenizer, rng: random.Random, *, steps: int, batch_size: int, lr: float, confused: bool) -> None:
+    """Train with AdamW: warm-up of 50 steps, then linear decay to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
+    started = time.monotonic()
+    for step in range(steps):
+        tokens_BT, targets_BT = make_batch(tokenizer, batch_size, rng, confused=confused)
+        logits_BTV = model(input_ids=tokens_BT).logits
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def group_rates(model, tokenizer, level: Level, *, problems: int, group: int = 8) -> list[float]:
+    """Return the share of right answers among `group` samples for each of `problems` evaluation problems."""
+    rng = random.Random(level.name)
+    drawn = [draw_in_split(level, rng, evaluation=True) for _ in range(problems)]
+    prompts = [prompt_of(level, operands) for operands in drawn for _ in range(group)]
+    answers = [answer_of(level, operands) for operands in drawn for _ in range(group)]
+    right = [got == want for got, want in zip(sample(model, tokenizer, prompts), answers, strict=True)]
+    return [sum(right[i : i + group]) / group for i in range(0, len(right), group)]
+
+
+def measure(model, tokenizer, problems: int = 40) -> list[str]:
+    """Return a Markdown table with one row per level, and the share of groups without signal in the data set."""
+    torch.manual_seed(0)
+    rows, shares = (
+        ["| level | group | example | pass rate | groups of 8 without signal |", "|---|---|---|---|---|"],
+        [],
+    )
+    for level in LEVELS:
+        rates = group_rates(model, tokenizer, level, problems=problems)
+        shares.append(fmean(rate in (0, 1) for rate in rates))
+        example = prompt_of(level, draw_in_split(level, random.Random(0), evaluation=False)).replace("|", "\\|")
+        rows.append(f"| {level.name} | {level.group} | {example} | {fmean(rates):.2f} | {shares[-1]:.2f} |")
+    return [*rows, "", f"Groups without signal (all right or all wrong) in the data set: {fmean(shares):.2f}"]
+
+
+def main() -> None:
+    """Train, save and measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=POLICY, metavar="DIR")
+    parser.add_argument("--steps", type=int, default=2000, help="with right answers (default: 2000)")
+    parser.add_argument("--confused-steps", type=int, default=400, help="with confused answers (default: 400)")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=4e-3, help="a quarter of it with confused answers")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer, model, rng = make_tokenizer(), make_model(args.seed), random.Random(args.seed)
+    common = {"batch_size": args.batch_size}
+    train(model, tokenizer, rng, steps=args.steps, lr=args.lr, confused=False, **common)
+    train(model, tokenizer, rng, steps=args.confused_steps, lr=args.lr / 4, confused=True, **common)
+    model.to(torch.bfloat16).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    (args.out / "model.safetensors").chmod(0o644)
+    print("\n".join(measure(model, tokenizer)))
+
+
+if __name__ == "__main__":
+    main()
