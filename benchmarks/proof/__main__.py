@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.proof import compare, figures
-from benchmarks.proof.launch import Size, flags_of, launch, levels_of, run_key
+from benchmarks.proof.launch import Size, launch, levels_of, run_key
 from benchmarks.proof.methods import DEFAULT, METHODS, QUICK, RECOMMENDED
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "proof"
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         size, path = args.sizes[count], args.results / f"{name}-{count}.jsonl"
         out = (args.runs / f"{name}-{count}-{method}-{seed}").resolve()
         words = METHODS[method].words
-        key = run_key(args.model, size, flags_of(args.model, size, words, seed, Path("out")), seed)
+        key = run_key(args.model, size, words, seed)
         others = [row for row in read(path) if (row["method"], row["seed"]) != (method, seed)]
         if args.no_runs or any(row["key"] == key for row in read(path)):
             continue

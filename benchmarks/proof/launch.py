@@ -1,8 +1,7 @@
 """One run of the proof: a real launch of OpenRLHF on the CPU, and what it reached, as one JSON row.
 
 An entry of `evals` has what was spent until then (rollouts, groups with a signal, generated and trained tokens, and
-seconds) and the held-out pass rate by level. `steps` has one list per name, with a number for each step: groups made,
-groups with a signal, groups trained on.
+seconds) and the held-out pass rate by level. `steps` has a number for each step: groups made and groups with a signal.
 """
 
 import ast
@@ -26,7 +25,6 @@ from benchmarks.proof import ladder
 HERE = Path(__file__).resolve().parent
 GROUP_SIZE = 8
 EVAL_SAMPLES = 8  # of each held-out problem
-KEPT = ("keep_rate", "mae", "time_blocked")  # metrics of DEPO that a row keeps of each step
 
 
 @dataclass(frozen=True)
@@ -98,10 +96,14 @@ def flags_of(model: str, size: Size, method: list[str], seed: int, out: Path) ->
     return [*flags, *(str(word) for pair in more.items() for word in pair), *method]
 
 
-def run_key(model: str, size: Size, flags: list[str], seed: int) -> str:
-    """Return what a finished run is known by: a digest of its settings and of the policy's weights."""
+def run_key(model: str, size: Size, method: list[str], seed: int) -> str:
+    """Return what a finished run is known by: a digest of its flags and data, and of the policy's weights.
+
+    The digest is the same wherever the project lies.
+    """
     weights = (model_folder(model) / "model.safetensors").read_bytes()
-    text = json.dumps([model, asdict(size), flags, seed, hashlib.sha256(weights).hexdigest()])
+    flags = [flag.replace(str(cpu_ray.ROOT), "") for flag in flags_of(model, size, method, seed, cpu_ray.ROOT / "run")]
+    text = json.dumps([flags, asdict(size), hashlib.sha256(weights).hexdigest()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -163,14 +165,14 @@ def row_of(rows: list[dict], groups: list[Group], levels: list[str]) -> dict:
     """
     spent = dict.fromkeys(("rollouts", "signal", "generated_tokens", "trained_tokens", "seconds"), 0.0)
     evals, at = [], 0
-    steps: dict[str, list[float]] = defaultdict(list)
+    steps: dict[str, list[int]] = {"groups": [], "signal": []}
     for row in rows:
         if "eval" in row:
             rates = {level: round(row["eval"][f"eval_{level}_pass1"], 4) for level in levels}
             evals.append({"step": row["step"], **spent, "levels": rates})
             continue
         rate = row.get("dynamic_filtering_pass_rate")  # 100 * responses trained / prompts drawn
-        drawn = size = round(row["rollout/num_samples"] / GROUP_SIZE)
+        drawn = round(row["rollout/num_samples"] / GROUP_SIZE)
         if rate is not None:
             drawn = round(row["rollout/num_samples"] * 100 / rate)
         made, at = groups[at : at + drawn], at + drawn
@@ -181,8 +183,6 @@ def row_of(rows: list[dict], groups: list[Group], levels: list[str]) -> dict:
         spent["generated_tokens"] += tokens
         spent["trained_tokens"] += tokens if rate is None else sum(g.tokens for g in made if g.signal)
         spent["seconds"] = round(spent["seconds"] + row["timing/step_total"], 2)
-        values = {"groups": drawn, "signal": signal, "trained": size}
-        values |= {name: round(row.get(f"depo/{name}", 0.0), 3) for name in KEPT if "depo/kept" in row}
-        for name, value in values.items():
-            steps[name].append(value)
+        steps["groups"].append(drawn)
+        steps["signal"].append(signal)
     return {"evals": evals, "steps": steps}
