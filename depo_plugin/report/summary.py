@@ -248,6 +248,9 @@ def key_figures(runs: Sequence[Numbers]) -> Table:
         "Prompts rolled out, of those looked at": lambda run, part: percent(run.keep.over(part)),
         "Groups with a signal": lambda run, part: percent(run.signal.over(part)),
         "… without the filter (estimate)": lambda run, part: percent(run.signal_without.over(part)),
+        "Groups all right": lambda run, part: percent(_mean(run, "all_right", part)),
+        "Groups all wrong": lambda run, part: percent(_mean(run, "all_wrong", part)),
+        "Too easy, of the rejected prompts": lambda run, part: percent(_mean(run, "too_easy", part)),
         "Pass rate of all prompts (estimate)": lambda run, part: rate(run.reward_all.over(part)),
         "Pass rate of the prompts rolled out": lambda run, part: rate(run.reward.over(part)),
         "Calibration error of p̂": lambda run, part: _off(run.calibration(part)[0]),
@@ -261,6 +264,12 @@ def key_figures(runs: Sequence[Numbers]) -> Table:
     rows = [[name, *(cell(run, part) for _, run, part in columns)] for name, cell in lines.items()]
     rows = [row for row in rows if any(text != NONE for text in row[1:])]
     return Table(caption, ["", *(head for head, _, _ in columns)], rows)
+
+
+def _mean(run: Numbers, name: str, part: Any) -> float:
+    """Return the mean of a metric over steps, NaN if none of them has it."""
+    value_S = run.metric(name)[part]
+    return float(np.nanmean(value_S)) if np.isfinite(value_S).any() else math.nan
 
 
 def _off(found) -> str:
