@@ -66,7 +66,7 @@ class FilterConfig:
 
     rule: str = setting(
         "window",
-        "window (of predicted pass rates), utility, soft (by expected signal), or a FILE.py of your own",
+        "window (of predicted pass rates), utility or soft (by expected signal), or a FILE.py",
         choice_or_file(".py", *RULES),
     )
     low: float = setting(0.15, "window: lowest predicted pass rate that is kept", FRACTION)
