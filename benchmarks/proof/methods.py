@@ -27,11 +27,14 @@ METHODS = {
     "grpo": Method("", "grpo"),
     "dynamic": Method("--algo.dynamic_filtering_enable", "dynamic sampling"),
     "window": depo("", "window .15-.85 (the paper's)"),
-    "utility-0.2": depo("--depo.filter.rule utility --depo.filter.min_utility 0.2", "utility, V >= .2"),
-    "utility-0.1": depo("--depo.filter.rule utility --depo.filter.min_utility 0.1", "utility, V >= .1"),
+    "utility-0.2": depo("--depo.filter.rule utility --depo.filter.min_utility 0.2", "V >= .2"),
+    "utility-0.1": depo("--depo.filter.rule utility --depo.filter.min_utility 0.1", "V >= .1"),
+    "rehearsal": depo(
+        "--depo.filter.rule utility --depo.filter.min_utility 0.2 --depo.filter.epsilon 0.15", "V >= .2, rehearsal .15"
+    ),
     "soft": depo("--depo.filter.rule soft", "soft"),
     "soft-weighted": depo(f"--depo.filter.rule soft {WEIGHTED} --depo.advantage.clip 2", "soft, weighted"),
 }
-RECOMMENDED = "window"
-DEFAULT = ("grpo", "dynamic", "window")
-QUICK = ("grpo", "window")
+RECOMMENDED = "rehearsal"
+DEFAULT = ("grpo", "dynamic", "window", "rehearsal", "utility-0.1", "soft")
+QUICK = ("grpo", RECOMMENDED)

@@ -1,13 +1,15 @@
 """DEPO switched on in the real stack: it learns, filters before the rollout, resumes, refuses half a seam."""
 
+import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from statistics import fmean
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 from stack import BATCH, EVAL, GROUP, POOL, QUICKSTART, STEPS, WARMUP, base_flags, cpu_ray, launch, problems
+from summary import read_rows
 
 from depo_plugin.estimator import checkpoint
 
@@ -28,6 +30,30 @@ def test_steps_metrics_and_schedule_are_those_of_the_launch(depo_run):
         assert row["depo/scanned"] >= BATCH
     assert all(row["depo/keep_rate"] == 1 for row in depo_run.metrics[:WARMUP])
     assert fmean(row["depo/keep_rate"] for row in depo_run.metrics[WARMUP:]) < 0.9
+
+
+def test_groups_settings_and_the_consoles_line_tell_the_same_as_the_metrics(depo_run):
+    folder = depo_run.out / "model" / "depo"
+    by_step = defaultdict(list)
+    for group in read_rows(folder / "groups.jsonl"):
+        by_step[group["step"]].append(group)
+    assert {step: len(groups) for step, groups in by_step.items()} == dict.fromkeys(range(1, STEPS + 1), BATCH)
+    for row in depo_run.metrics:
+        groups = by_step[row["step"]]
+        assert fmean(group["y"] for group in groups) == pytest.approx(row["depo/target_mean"], abs=1e-5)
+        assert fmean(group["p"] for group in groups) == pytest.approx(row["depo/pred_mean"], abs=1e-5)
+        assert sum(group["signal"] for group in groups) == round(row["depo/effective_ratio"] * BATCH)
+        mean_length = sum(group["tokens"] for group in groups) / (BATCH * GROUP)
+        assert mean_length == pytest.approx(row["rollout/response_length_mean"], rel=1e-4)
+    known = {group["key"]: group["prompt"] for groups in by_step.values() for group in groups if "prompt" in group}
+    assert set(known.values()) <= set(problems(depo_run.out / "data" / "train.jsonl"))
+    assert {group["key"] for groups in by_step.values() for group in groups} == set(known)
+    settings = json.loads((folder / "settings.json").read_text())
+    assert settings["depo"]["filter"]["warmup_steps"] == WARMUP
+    assert settings["launch"]["rollout"]["batch_size"] == BATCH
+    said = [line for line in depo_run.output.splitlines() if "DEPO: step 20: rolled out" in line]
+    assert len(said) == 1
+    assert "of the groups had a signal (about" in said[0]
 
 
 def test_estimator_learned(depo_run):
