@@ -436,12 +436,10 @@ def log(args, status: dict, step: int) -> None:
     Every SAY_EVERY steps, and at the first one whose batch was planned after the warm-up, one line on the console says
     what the filter does.
     """
-    from depo_plugin.estimator import metrics as metrics_module
-    from depo_plugin.messages import Reason
+    from depo_plugin.estimator.metrics import Judgement
 
     handle = _handle(args)
-    judged = handle.wait(_process.pending_metrics) or metrics_module.Judgement({}, [])
-    metrics, groups = judged
+    metrics, groups = handle.wait(_process.pending_metrics) or Judgement({}, [])
     for name, value in handle.take_tally().items():  # the loader may run in another process, with its own tally
         metrics[name] = metrics.get(name, 0.0) + value
     now = time.monotonic()
@@ -450,22 +448,34 @@ def log(args, status: dict, step: int) -> None:
     _process.logged_at = now
     status.update({f"depo/{name}": float(value) for name, value in metrics.items()})
     numbers = {k: v for k, v in status.items() if isinstance(v, int | float)}
-    for name, rows in (("metrics.jsonl", [numbers]), ("groups.jsonl", groups)):
-        file = metrics_module.MetricsFile(Path(args.ckpt.output_dir) / "depo" / name)
-        try:
-            file.append(*({"step": step} | row for row in rows))
-        except OSError as error:
-            _warn_once(
-                name,
-                "DEPO: %s cannot be written (%s); training goes on, steps are missing in it.",
-                *(file.path, error),
-            )
+    _append(args, "metrics.jsonl", [{"step": step} | numbers])
+    _append(args, "groups.jsonl", [{"step": step} | group for group in groups])
+    _say(step, metrics, groups)
+
+
+def _append(args, name: str, rows: list[dict]) -> None:
+    """Append rows to a file in <ckpt.output_dir>/depo; if that fails, warn once and go on."""
+    from depo_plugin.estimator.metrics import MetricsFile
+
+    file = MetricsFile(Path(args.ckpt.output_dir) / "depo" / name)
+    try:
+        file.append(*rows)
+    except OSError as error:
+        text = "DEPO: %s cannot be written (%s); training goes on, steps are missing in it."
+        _warn_once(name, text, file.path, error)
+
+
+def _say(step: int, metrics: dict[str, float], groups: list[dict]) -> None:
+    """Write the console's line every SAY_EVERY steps, and at the first step that was planned after the warm-up."""
+    from depo_plugin.estimator.metrics import said
+    from depo_plugin.messages import Reason
+
     _process.unsaid.append(metrics)
-    planned_without_scores = (None, Reason.WARMUP.value, Reason.UNSCORED.value)
-    begins = not _process.filters and any(group["reason"] not in planned_without_scores for group in groups)
+    unfiltered = (None, Reason.WARMUP.value, Reason.UNSCORED.value)
+    begins = not _process.filters and any(group["reason"] not in unfiltered for group in groups)
     _process.filters |= begins
     if begins or step % SAY_EVERY == 0:
-        logger.info("%s", metrics_module.said(step, _process.unsaid))
+        logger.info("%s", said(step, _process.unsaid))
         _process.unsaid = []
 
 
