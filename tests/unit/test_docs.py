@@ -26,7 +26,7 @@ NOT_RUN = {
     "pip install --no-deps --target PRISTINE": "needs a release of OpenRLHF that does not exist yet",
     "cp -r PRISTINE": "the same",
     "bash scripts/patch_sums.sh": "the same",
-    "python3 -m openrlhf.cli.train_ppo_ray ... --advantage_estimator depo --depo.shadow": "launched by test_off.py",
+    "depo backtest LOG": "needs a log, and a launch; test_backtest.py and test_off.py run them",
 }
 
 

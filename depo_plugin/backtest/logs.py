@@ -1,0 +1,135 @@
+"""Logs of real runs, whatever wrote them, as steps of groups.
+
+Formats, one JSON object a line, plain or .gz:
+    event log       {"step", "prompt", "label"?, "k", "n", "source"?}      k of n responses were right
+    groups.jsonl    DEPO's own log of a run (docs/metrics.md)
+    rollouts.jsonl  {"prompt", "label"?, "reward"} a response, as the quickstart writes it
+    pool            {"prompt", "pass_rate", "n"?}                          met in random order; groups are drawn
+"""
+
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+class LogError(ValueError):
+    """A log cannot be used; the text names the file, the line and the fix."""
+
+
+class Group(NamedTuple):
+    """One group of responses. k: how many were right, may be fractional; n: how many there were."""
+
+    prompt: str
+    label: str
+    source: str
+    k: float
+    n: int
+
+
+def read(path: Path, *, group_size: int, batch: int, passes: int, seed: int) -> list[list[Group]]:
+    """Return the groups of a log by step, in order.
+
+    group_size: responses of a group, if the log does not say (pools, rollouts.jsonl); batch: groups of a step, if the
+    log has no steps; passes: over a pool; seed: of a pool's order and draws. Raises LogError.
+    """
+    rows = list(_rows(path))
+    if not rows:
+        raise LogError(f"{path}: no line. Give a log with one JSON object a line.")
+    number, first = rows[0]
+    if "pass_rate" in first:
+        return _chunks(_pool(path, rows, group_size, passes, seed), batch)
+    if "reward" in first:
+        return _chunks(_rollouts(path, rows, group_size), batch)
+    if "step" in first and ({"k", "n"} <= set(first) or {"y", "n", "key"} <= set(first)):
+        return _steps(path, rows)
+    raise LogError(
+        f"{path}, line {number}: none of the known formats. A line needs step, prompt, k and n (an event log or "
+        "groups.jsonl), or prompt and reward (rollouts.jsonl), or prompt and pass_rate (a pool)."
+    )
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    with opened as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise LogError(f"{path}, line {number}: not JSON ({error}). Correct or remove it.") from None
+            if not isinstance(row, dict):
+                raise LogError(f"{path}, line {number}: not an object but {line.strip()[:80]}.")
+            yield number, row
+
+
+def _steps(path: Path, rows: Iterable[tuple[int, dict]]) -> list[list[Group]]:
+    """Return the steps of an event log or of groups.jsonl, whose prompts stand in each key's first line."""
+    steps: dict[int, list[Group]] = defaultdict(list)
+    texts: dict[str, tuple[str, str]] = {}
+    for number, row in rows:
+        key = row.get("key")
+        if key is not None and "prompt" in row:
+            texts[key] = str(row["prompt"]), str(row.get("label", ""))
+        try:
+            prompt, label = texts[key] if key is not None else (str(row["prompt"]), str(row.get("label", "")))
+            n = int(row["n"])
+            k = float(row["k"] if "k" in row else row["y"] * n)
+            step = int(row["step"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LogError(
+                f"{path}, line {number}: {type(error).__name__} {error}. See depo backtest --help."
+            ) from None
+        if not (n >= 1 and 0 <= k <= n):
+            raise LogError(f"{path}, line {number}: k {k:g} of n {n}: k must be from 0 to n, and n at least 1.")
+        if key is not None and step in steps and step != next(reversed(steps)):  # a resumed run: its steps come again
+            steps = defaultdict(list, {at: groups for at, groups in steps.items() if at < step})
+        steps[step].append(Group(prompt, label, str(row.get("source", "")), k, n))
+    return [steps[step] for step in sorted(steps)]
+
+
+def _rollouts(path: Path, rows: Iterable[tuple[int, dict]], group_size: int) -> list[Group]:
+    """Return the groups of single responses in the order in which they were completed."""
+    open_groups: dict[tuple[str, str], list[float]] = defaultdict(list)
+    groups = []
+    for number, row in rows:
+        try:
+            key, reward = (str(row["prompt"]), str(row.get("label", ""))), float(row["reward"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LogError(
+                f"{path}, line {number}: {type(error).__name__} {error}. See depo backtest --help."
+            ) from None
+        open_groups[key].append(min(max(reward, 0.0), 1.0))
+        if len(open_groups[key]) == group_size:
+            groups.append(Group(*key, "", sum(open_groups.pop(key)), group_size))
+    return groups
+
+
+def _pool(path: Path, rows: Iterable[tuple[int, dict]], group_size: int, passes: int, seed: int) -> list[Group]:
+    """Return groups drawn from a pool's pass rates, pass after pass in a new order.
+
+    The first n of a prompt says how exact its rate is; a drawn group has group_size responses.
+    """
+    pool = []
+    for number, row in rows:
+        try:
+            prompt, rate = str(row["prompt"]), float(row["pass_rate"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LogError(
+                f"{path}, line {number}: {type(error).__name__} {error}. See depo backtest --help."
+            ) from None
+        if not 0 <= rate <= 1:
+            raise LogError(f"{path}, line {number}: pass_rate {rate:g} must be from 0 to 1.")
+        pool.append((prompt, str(row.get("label", "")), str(row.get("source", "")), rate))
+    rng = np.random.default_rng(seed)
+    order = [pool[i] for _ in range(passes) for i in rng.permutation(len(pool))]
+    return [
+        Group(p, label, source, float(rng.binomial(group_size, rate)), group_size) for p, label, source, rate in order
+    ]
+
+
+def _chunks(groups: list[Group], size: int) -> list[list[Group]]:
+    return [groups[i : i + size] for i in range(0, len(groups), size)]

@@ -1,0 +1,118 @@
+"""Predict the groups of your own logs, then reveal them: would DEPO have helped?
+
+  depo backtest my_log.jsonl.gz                        tables of the log, and a picture in depo-backtest/
+  depo backtest runs/tiny-grpo/rollouts.jsonl          the quickstart's log of single responses
+  depo backtest pool.jsonl --passes 3                  a pool of known pass rates, met in random order
+  depo backtest my_log.jsonl --depo.history.share false --json out.json
+
+A log has one JSON object a line (.jsonl or .jsonl.gz):
+  {"step", "prompt", "label"?, "k", "n", "source"?}    a group: k of n responses were right
+  {"prompt", "label"?, "reward"}                       a single response
+  {"prompt", "pass_rate", "n"?}                        a pool
+  groups.jsonl of a run with DEPO (also in shadow mode)
+
+Each group is predicted before it is revealed, by the package's own estimator and by simple baselines. "depo, closed"
+learns only from the groups that its filter keeps, as in a run; all others learn from every group. "hindsight" knows a
+prompt's own groups, up to four before and four after: if prompts are met often, no learner can do much better.
+The picture needs: pip install 'openrlhf-depo[report]'
+
+Exit status: 0 if done, 1 if a log cannot be used, 2 if the options are wrong.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from depo_plugin.settings import config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `depo backtest`, and the --depo.* flags of a launch."""
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG")
+    parser.add_argument("--group-size", type=int, default=8, metavar="G", help="responses of a group (default: 8)")
+    parser.add_argument("--batch", type=int, default=32, metavar="B", help="groups of a step (default: 32)")
+    parser.add_argument("--passes", type=int, default=3, metavar="N", help="over a pool (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of a pool's order and of exploration (default: 0)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these predictors beside depo (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("depo-backtest"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    config.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `depo backtest` and return the exit status."""
+    overrides = config.overrides_from_namespace(args)
+    try:
+        config.load_config(getattr(args, "depo.config"), overrides)
+    except config.ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if low := [
+        name for name in ("group_size", "batch", "passes") if getattr(args, name) < (2 if name == "group_size" else 1)
+    ]:
+        print(f"--{low[0].replace('_', '-')} {getattr(args, low[0])}: too small.", file=sys.stderr)
+        return 2
+    from depo_plugin.backtest.logs import LogError, read
+
+    written = {}
+    for path in args.logs:
+        try:
+            steps = read(path, group_size=args.group_size, batch=args.batch, passes=args.passes, seed=args.seed)
+        except (LogError, OSError) as error:
+            print(f"depo backtest: {error}", file=sys.stderr)
+            return 1
+        written[str(path)] = _one(args, path, steps, overrides)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _one(args: argparse.Namespace, path: Path, steps, overrides: dict) -> dict:
+    """Play one log with every predictor, print its tables and draw it; return its figures."""
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    from depo_plugin.backtest import tables
+    from depo_plugin.backtest.judge import play, truth_of
+    from depo_plugin.backtest.predictors import predictors
+    from depo_plugin.rules import rule_of
+
+    def cfg_of(changes: dict):
+        return config.load_config(getattr(args, "depo.config"), overrides | changes)
+
+    logging.disable_progress_bar()
+    cfg, truth = cfg_of({}), truth_of(steps)
+    with tempfile.TemporaryDirectory(prefix="depo-backtest-") as cache:
+        made = predictors(steps, cfg_of, args.group_size, args.seed, Path(cache))
+        chosen = ["depo", *(name for name in made if name != "depo" and (not args.only or name in args.only))]
+        plan = [("depo", False), (tables.CLOSED, True), *((name, False) for name in chosen[1:])]
+        found = {}
+        with tqdm(total=len(plan) * len(steps), unit="step", disable=None, leave=False) as bar:
+            for name, closed in plan:
+                bar.set_description(name)
+                found[name] = play(
+                    steps,
+                    made["depo" if closed else name](),
+                    rule_of(cfg.filter),
+                    epsilon=cfg.filter.epsilon,
+                    warmup=cfg.filter.warmup_steps,
+                    closed=closed,
+                    seed=args.seed,
+                    tick=bar.update,
+                )
+    rows = tables.results(truth, found)
+    title = (
+        f"{path.name}: {len(truth.k_N):,} groups of {len(set(truth.prompt_N.tolist())):,} prompts, {len(steps)} steps"
+    )
+    print(f"\n{title}\n{tables.sentence(rows[tables.CLOSED]['all'])}\n")
+    print("\n".join(tables.lines(rows)))
+    name = path.name.split(".")[0]
+    try:
+        tables.draw(truth, found, rows, title, args.out / f"{name}.png")
+        print(f"\n{args.out / name}.png")
+    except ModuleNotFoundError as error:
+        print(f"\n(no picture: the package {error.name} is missing. Run: pip install 'openrlhf-depo[report]')")
+    return rows
