@@ -166,23 +166,24 @@ class Belief:
         """Return visits_B float64: in how many updates each prompt was learned from."""
         return self._history.evidence(np.asarray(keys, np.uint64), now).visits
 
-    def update(self, keys: list[int], s_B, text_BF, successes_B, samples_B, now: int) -> None:
+    def update(self, keys: list[int], s_B, text_BF, successes_B, samples_B, now: int, visited: bool = True) -> None:
         """Learn from one step's groups: first the ability, then these prompts' own evidence, then the text weights.
 
-        successes_B: y·n, may be fractional; samples_B: n. A prompt may occur twice. Other arguments as in predict().
+        successes_B: y·n, may be fractional; samples_B: n. A prompt may occur twice. visited: whether these are groups
+        of this run, so that they count as visits. Other arguments as in predict().
         """
         keys_B, first_B, group_B = np.unique(np.asarray(keys, np.uint64), return_index=True, return_inverse=True)
         features_BF = self._features(s_B, text_BF)[first_B]
         successes_B, samples_B = np.bincount(group_B, successes_B), np.bincount(group_B, samples_B)
         before = self._history.evidence(keys_B, now)
         if self._cfg.kappa == "inf" and not (self._cfg.share or self._cfg.drift):  # as in the paper: only text counts
-            self._history.put(keys_B, before._replace(visits=before.visits + 1), now)
+            self._history.put(keys_B, before._replace(visits=before.visits + visited), now)
             return
         mean_B, variance_B = self._text(features_BF, before)
         if self._cfg.drift:
             believed = posterior(mean_B, variance_B + self.spread, self._own(before))
             self._follow(*believed, successes_B, samples_B)
-        after = before.with_visit(successes_B, samples_B, self.ability)
+        after = before.with_visit(successes_B, samples_B, self.ability)._replace(visits=before.visits + visited)
         site_mean_B, site_precision_B = self._sites(mean_B, variance_B, after)
         new_B = before.samples.sum(1) == 0
         self._fit_spread(mean_B, variance_B, site_mean_B, site_precision_B, new_B)

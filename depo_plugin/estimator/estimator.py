@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from depo_plugin import __version__
+from depo_plugin.estimator import prior
 from depo_plugin.estimator.belief import Belief
 from depo_plugin.estimator.checkpoint import CheckpointError
 from depo_plugin.estimator.ledger import Kept, Ledger
@@ -26,6 +27,7 @@ from depo_plugin.filter import signal_probability
 from depo_plugin.messages import Label, Record, Scores, Stream, prompt_key
 from depo_plugin.settings.config import DepoConfig
 
+PRIOR_BATCH = 256  # known pass rates that are taken as one step's groups
 IDENTITY_FLAGS = {
     "encoder": "--depo.estimator.model",
     "mode": "--depo.estimator.mode",
@@ -57,6 +59,18 @@ class DifficultyEstimator:
         self._losses: dict[str, float] = {}
         self._totals = {"empty_steps": 0, "labels_dropped": 0}
         self._time_score = 0.0
+
+        if cfg.history.prior:
+            self._start_from(prior.read(cfg.history.prior))
+
+    def _start_from(self, known: list[prior.KnownRate]) -> None:
+        """Take known pass rates as evidence, in batches. Their policy may have been another one, so they are faded."""
+        for start in range(0, len(known), PRIOR_BATCH):
+            batch = known[start : start + PRIOR_BATCH]
+            keys = [prompt_key(one.prompt, one.label) for one in batch]
+            n_B = self._cfg.history.prior_weight * np.array([one.n for one in batch])
+            y_B = np.array([one.pass_rate for one in batch])
+            self.belief.update(keys, *self._text([one.prompt for one in batch]), y_B * n_B, n_B, 0, visited=False)
 
     # ── What the loader asks ──
 

@@ -48,8 +48,7 @@ class Evidence(NamedTuple):
         n[row, first] = total
         left = np.arange(VISITS)[None] + (np.arange(VISITS)[None] > first[:, None])
         return self._replace(
-            **{name: x[row[:, None], left] for name, x in zip(self._fields[:3], (s, n, at), strict=True)},
-            visits=self.visits + 1,
+            **{name: x[row[:, None], left] for name, x in zip(self._fields[:3], (s, n, at), strict=True)}
         )
 
 

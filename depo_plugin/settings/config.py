@@ -18,6 +18,7 @@ from depo_plugin.advantage import BASES, DEFAULT_BASE
 from depo_plugin.rules import RULES, RuleError, rule_of
 from depo_plugin.settings.resources import resource_dir
 from depo_plugin.settings.value_kinds import (
+    FILE,
     FRACTION,
     KAPPA,
     NOT_NEGATIVE,
@@ -134,6 +135,10 @@ class HistoryConfig:
     kappa: float | str = setting("fit", "samples that the text counts as: fit, inf (text only), or a number", KAPPA)
     discount: float = setting(0.998, "share of evidence kept per estimator update since a prompt was last seen", SHARE)
     drift: bool = setting(True, "let all beliefs follow the policy's ability", SWITCH)
+    prior: str | None = setting(
+        None, "file of known pass rates to start from (lines of prompt, label, pass_rate, n)", or_none(FILE)
+    )
+    prior_weight: float = setting(0.25, "share of the evidence in prior that counts", SHARE)
     share: bool = setting(True, "let similar prompts share evidence (a regression on the text's embedding)", SWITCH)
 
 
@@ -288,6 +293,14 @@ def _clashes(cfg: DepoConfig, named: Callable[[str], str]) -> Iterator[tuple[tup
         rule_of(cfg.filter)
     except RuleError as error:
         yield ("filter.rule",), f"{named('filter.rule')}: {error}. Correct the file, or use {' or '.join(RULES)}."
+    if cfg.history.prior:
+        from depo_plugin.estimator.prior import PriorError, read  # only a launch that has such a file needs it
+
+        try:
+            read(cfg.history.prior)
+        except PriorError as error:
+            fix = "Correct the file, or leave the setting out."
+            yield ("history.prior",), f"{named('history.prior')}: {error}. {fix}"
     keys = ("advantage.importance_rescale", "advantage.base")
     if cfg.advantage.importance_rescale and cfg.advantage.base and BASES[cfg.advantage.base]:
         yield keys, whitened(*map(named, keys))
@@ -382,7 +395,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options |= {"nargs": "?", "const": True}
         elif leaf.kind is RANGE:
             options["nargs"] = 2
-        elif leaf.kind.metavar == TEXT.metavar or leaf.key == "filter.rule":
+        elif leaf.kind.metavar in (TEXT.metavar, FILE.metavar) or leaf.key == "filter.rule":
             options["type"] = str  # a folder may be called 2024
         group.add_argument(leaf.flag, **options)
 

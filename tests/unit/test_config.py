@@ -4,6 +4,7 @@ import argparse
 import math
 import pickle
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from depo_plugin.settings.value_kinds import RANGE, SWITCH, TEXT
 from depo_plugin.settings.yaml_io import flag_value
 
 DEFAULT = DepoConfig()
+PRIOR = Path(__file__).resolve().parents[1] / "data" / "prior.jsonl"
 EPSILON = str(DEFAULT.filter.epsilon)
 
 
@@ -52,7 +54,7 @@ def parse(*argv):
 
 
 def test_every_setting_has_help_a_kind_and_a_default_that_is_allowed():
-    assert len(config.SETTINGS) == 31
+    assert len(config.SETTINGS) == 33
     for leaf in config.SETTINGS.values():
         assert leaf.help
         assert "\n" not in leaf.help
@@ -135,6 +137,8 @@ def test_every_flag_is_read():
         "history.kappa": ("8", 8.0),
         "history.discount": ("1", 1.0),
         "history.drift": ("false", False),
+        "history.prior": (str(PRIOR), str(PRIOR)),
+        "history.prior_weight": ("0.5", 0.5),
         "history.share": ("false", False),
     }
     assert list(argv) == list(config.SETTINGS)
@@ -537,6 +541,8 @@ def any_value(leaf):
     if leaf.key == "estimator.model":
         texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(AWKWARD)
         return st.none() | texts.filter(lambda text: text.strip() and text not in ("none", "null"))
+    if leaf.key == "history.prior":
+        return st.none() | st.just(str(PRIOR))
     if leaf.key == "estimator.micro_batch_tokens":
         return st.none() | st.integers(1, 10**6)
     if leaf.key == "advantage.base":

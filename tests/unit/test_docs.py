@@ -26,6 +26,7 @@ NOT_RUN = {
     "pip install --no-deps --target PRISTINE": "needs a release of OpenRLHF that does not exist yet",
     "cp -r PRISTINE": "the same",
     "bash scripts/patch_sums.sh": "the same",
+    "depo score runs/a": "needs a checkpoint and a launch; test_score.py runs both ways",
     "depo backtest LOG": "needs a log, and a launch; test_backtest.py and test_off.py run them",
 }
 

@@ -37,6 +37,8 @@ FLAGS = """
 --depo.history.kappa
 --depo.history.discount
 --depo.history.drift
+--depo.history.prior
+--depo.history.prior_weight
 --depo.history.share
 """.split()
 
