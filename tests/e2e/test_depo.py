@@ -59,7 +59,8 @@ def test_groups_settings_and_the_consoles_line_tell_the_same_as_the_metrics(depo
 def test_estimator_learned(depo_run):
     rows = depo_run.metrics
     assert "depo/loss_score" not in rows[0]  # a step's row has the losses of the update before it
-    assert fmean(row["depo/loss_score"] for row in rows[-4:]) < 0.9 * rows[1]["depo/loss_score"]
+    # At first about ln 2. The filter keeps prompts near 1/2, whose loss cannot fall far below it.
+    assert fmean(row["depo/loss_score"] for row in rows[-4:]) < 0.97 * rows[1]["depo/loss_score"]
     assert fmean(row["depo/spearman"] for row in rows[WARMUP:]) > 0.3  # easy and hard are told apart
     assert fmean(row["depo/zero_auc"] for row in rows[WARMUP:] if "depo/zero_auc" in row) > 0.55
 

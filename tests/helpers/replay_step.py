@@ -86,9 +86,8 @@ def replay(args, path: Path, out: Path) -> None:
     samples = torch.load(path, weights_only=False)  # written by record(), in this test
     status, _ = trainer.train_step(samples, 1)
     ray.get(group.async_save_model())
-    plain = {name: value for name, value in status.items() if not name.startswith("timing/")} | {"drawn": drawn}
-    if hooks.enabled(args):
-        hooks.log(args, dict(status), 2)
+    plain = {name: value for name, value in status.items() if not name.startswith(("timing/", "depo/"))}
+    plain["drawn"] = drawn
     (out / "status.json").write_text(json.dumps(plain, sort_keys=True))
 
 
