@@ -103,7 +103,13 @@ def test_a_run_is_waited_for_and_followed_until_ctrl_c(tmp_path):
     command = [sys.executable, "-m", "depo_plugin.commands.cli", "watch", str(tmp_path / "run"), "--interval", "0.1"]
     with out.open("wb") as file:
         env = os.environ | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
     try:
         wait_for(out, "Waiting: ")
         path = tmp_path / "run" / "model" / "depo" / "metrics.jsonl"
