@@ -2,7 +2,7 @@
 
 import numpy as np
 
-STEPS = 200  # after which the window stays where it is
+STEPS = 200  # steps that the window moves; then it stays
 
 
 def keep(beliefs):

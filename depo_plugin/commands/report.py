@@ -22,8 +22,8 @@ EXTRA = "pip install 'openrlhf-depo[report]'"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `depo report`."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    where = "folder to write to (default: report beside metrics.jsonl, for several runs ./depo-report)"
-    parser.add_argument("--out", type=Path, metavar="DIR", help=where)
+    text = "folder to write to (default: report beside metrics.jsonl, for several runs ./depo-report)"
+    parser.add_argument("--out", type=Path, metavar="DIR", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

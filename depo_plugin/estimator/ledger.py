@@ -51,7 +51,7 @@ class Kept(NamedTuple):
 
     @property
     def chance(self) -> float:
-        """The probability with which it was kept: q, but 1 in shadow mode, where q is only what the rule says."""
+        """The probability with which it was kept: q. In shadow mode 1, because q is then only what the rule says."""
         return 1.0 if self.reason == Reason.SHADOW.value else self.q
 
 

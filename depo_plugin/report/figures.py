@@ -24,7 +24,7 @@ from depo_plugin.report.numbers import Numbers, Ratio
 from depo_plugin.report.summary import number as plain
 from depo_plugin.report.summary import percent, points, rate, short
 
-WIDTH, DPI = 4.2, 200  # inches: text of 10 points is 11 px high on a phone, where the figure is about 340 px wide
+WIDTH, DPI = 4.2, 200  # inches: text of 10 points is 11 px high on a phone, which shows it 340 px wide
 PANELS = 6  # most data sources that are drawn
 
 
