@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from statistics import fmean
 
+import pretrain_tiny
 import torch
-from pretrain_tiny import EOS, PAD, UNK, VOCAB_SIZE, make_model, sample
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from pretrain_tiny import make_model, padded, sample
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
@@ -40,28 +40,11 @@ WEIGHTS = {"add-3terms": 3, "add-3digit": 2, "sub-2digit": 2, "sub-3digit": 3, "
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return the tokenizer: one token per digit, word and sign with its spaces, so "max 47 85 =" is seven tokens."""
-    tokens = ["<pad>", "<eos>", "<unk>", *"0123456789", *SIGNS]
-    # Every id that can be sampled must have a text, or vLLM's detokenizer stops the engine.
-    tokens += [f"<spare-{i}>" for i in range(VOCAB_SIZE - len(tokens))]
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    pieces = rf"(?:{'|'.join(WORDS)}) | [+|*/%-] | =|[\s\S]"
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        model_max_length=64,
-        clean_up_tokenization_spaces=False,
-    )
-    assert tokenizer.convert_tokens_to_ids(["<pad>", "<eos>", "<unk>"]) == [PAD, EOS, UNK]
-    return tokenizer
+    return pretrain_tiny.make_tokenizer(SIGNS, rf"(?:{'|'.join(WORDS)}) | [+|*/%-] | =|[\s\S]")
 
 
 def make_batch(tokenizer, size: int, rng: random.Random, *, confused: bool) -> tuple[Tensor, Tensor]:
-    """Return random training problems: tokens (B, T), padded right, and targets (B, T), -100 outside the answers."""
+    """Return random training problems, see pretrain_tiny.padded()."""
     weights = [4 if confused and level in EASY else WEIGHTS.get(level.name, 1) for level in STUDIED]
     levels = rng.choices(STUDIED, weights=weights, k=size)
     texts = []
@@ -69,16 +52,7 @@ def make_batch(tokenizer, size: int, rng: random.Random, *, confused: bool) -> t
         operands = draw_in_split(level, rng, evaluation=False)
         wrong = confused and rng.random() >= taught_rate(level, operands)
         texts += [prompt_of(level, operands), (confused_answer if wrong else answer_of)(level, operands)]
-    ids = tokenizer(texts).input_ids
-    pairs = [(prompt, [*answer, EOS]) for prompt, answer in zip(ids[::2], ids[1::2], strict=True)]
-    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    tokens_BT = torch.full((size, width), PAD)
-    targets_BT = torch.full((size, width), -100)
-    for i, (prompt, answer) in enumerate(pairs):
-        start, end = len(prompt), len(prompt) + len(answer)
-        tokens_BT[i, :end] = torch.tensor(prompt + answer)
-        targets_BT[i, start - 1 : end - 1] = torch.tensor(answer)
-    return tokens_BT, targets_BT
+    return padded(tokenizer, texts)
 
 
 def train(model, tokenizer, rng: random.Random, *, steps: int, batch_size: int, lr: float, confused: bool) -> None:

@@ -19,18 +19,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PAD, EOS, UNK = 0, 1, 2
 SIGNS = [" + ", " - ", " * ", " =", " "]
+PIECES = r" [+*-] | =|[\s\S]"
 VOCAB_SIZE = 64
 STUDIED = {level: 2 if level in MIDDLE else 1 for level in EASY + MIDDLE}  # level -> weight; products are never taught
 SLIPS = {"sub-2by1digit": 0.2, "sub-2digit": 0.3, "sub-3terms": 0.4, "add-3terms": 0.25}  # share of wrong digits
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: one token per digit and per sign with its spaces, so "47 + 85 =" is six tokens."""
-    tokens = ["<pad>", "<eos>", "<unk>", *"0123456789", *SIGNS]
+def make_tokenizer(signs=SIGNS, pieces: str = PIECES) -> PreTrainedTokenizerFast:
+    """Return the tokenizer: one token per digit and per sign with its spaces, so "47 + 85 =" is six tokens.
+
+    signs: their tokens; pieces: a pattern that matches each sign, else one character.
+    """
+    tokens = ["<pad>", "<eos>", "<unk>", *"0123456789", *signs]
     # Every id that can be sampled must have a text, or vLLM's detokenizer stops the engine.
     tokens += [f"<spare-{i}>" for i in range(VOCAB_SIZE - len(tokens))]
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r" [+*-] | =|[\s\S]"), behavior="isolated")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(pieces), behavior="isolated")
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -72,18 +76,26 @@ def with_slips(answer: str, share: float, rng: random.Random) -> str:
 
 
 def make_batch(tokenizer, size: int, rng: random.Random, *, slips: bool) -> tuple[Tensor, Tensor]:
-    """Return random training problems: tokens (B, T), padded right, and targets (B, T), -100 outside the answers."""
+    """Return random training problems, see padded()."""
     levels = rng.choices(list(STUDIED), weights=list(STUDIED.values()), k=size)
     texts = []
     for level in levels:
         operands = draw_in_split(level, rng, evaluation=False)
         answer = answer_of(level, operands)
         texts += [prompt_of(level, operands), with_slips(answer, SLIPS.get(level.name, 0.0), rng) if slips else answer]
+    return padded(tokenizer, texts)
+
+
+def padded(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
+    """Return tokens (B, T), padded right, and targets (B, T), -100 outside the answers.
+
+    texts: B prompts, each followed by its answer.
+    """
     ids = tokenizer(texts).input_ids
     pairs = [(prompt, [*answer, EOS]) for prompt, answer in zip(ids[::2], ids[1::2], strict=True)]
     width = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    tokens_BT = torch.full((size, width), PAD)
-    targets_BT = torch.full((size, width), -100)
+    tokens_BT = torch.full((len(pairs), width), PAD)
+    targets_BT = torch.full((len(pairs), width), -100)
     for i, (prompt, answer) in enumerate(pairs):
         start, end = len(prompt), len(prompt) + len(answer)
         tokens_BT[i, :end] = torch.tensor(prompt + answer)

@@ -148,7 +148,7 @@ def test_every_prompt_and_answer_is_known_to_the_tokenizer(train_rows):
     tokenizer = pretrain.make_tokenizer()
     for row in train_rows[:1000]:
         prompt, answer = tokenizer([row["input"], row["label"]]).input_ids
-        assert pretrain.UNK not in prompt + answer
+        assert pretrain.pretrain_tiny.UNK not in prompt + answer
         assert tokenizer.decode(prompt + answer) == row["input"] + row["label"]
         assert len(answer) <= 11
 
