@@ -7,30 +7,17 @@ plain torch and no network. It ends by printing the table of policy/README.md.
 
 import argparse
 import random
-import time
 from pathlib import Path
 from statistics import fmean
 
 import pretrain_tiny
 import torch
-from pretrain_tiny import make_model, padded, sample
+from pretrain_tiny import group_rates, make_model, padded
+from tasks import draw_in_split
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.proof.ladder import (
-    EASY,
-    LEARNABLE,
-    LEVELS,
-    OPERATIONS,
-    WORDS,
-    Level,
-    answer_of,
-    confused_answer,
-    draw_in_split,
-    prompt_of,
-    taught_rate,
-)
+from benchmarks.proof.ladder import EASY, LEARNABLE, LEVELS, OPERATIONS, WORDS
 
 POLICY = Path(__file__).parent / "policy"
 SIGNS = [f"{op} " if op in WORDS else f" {op} " for op in OPERATIONS] + [" =", " "]
@@ -50,37 +37,9 @@ def make_batch(tokenizer, size: int, rng: random.Random, *, confused: bool) -> t
     texts = []
     for level in levels:
         operands = draw_in_split(level, rng, evaluation=False)
-        wrong = confused and rng.random() >= taught_rate(level, operands)
-        texts += [prompt_of(level, operands), (confused_answer if wrong else answer_of)(level, operands)]
+        wrong = confused and rng.random() >= level.taught_rate(operands)
+        texts += [level.prompt(operands), (level.confused if wrong else level.answer)(operands)]
     return padded(tokenizer, texts)
-
-
-def train(model, tokenizer, rng: random.Random, *, steps: int, batch_size: int, lr: float, confused: bool) -> None:
-    """Train with AdamW: warm-up of 50 steps, then linear decay to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
-    started = time.monotonic()
-    for step in range(steps):
-        tokens_BT, targets_BT = make_batch(tokenizer, batch_size, rng, confused=confused)
-        logits_BTV = model(input_ids=tokens_BT).logits
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
-
-
-def group_rates(model, tokenizer, level: Level, *, problems: int, group: int = 8) -> list[float]:
-    """Return the share of right answers among `group` samples for each of `problems` evaluation problems."""
-    rng = random.Random(level.name)
-    drawn = [draw_in_split(level, rng, evaluation=True) for _ in range(problems)]
-    prompts = [prompt_of(level, operands) for operands in drawn for _ in range(group)]
-    answers = [answer_of(level, operands) for operands in drawn for _ in range(group)]
-    right = [got == want for got, want in zip(sample(model, tokenizer, prompts), answers, strict=True)]
-    return [sum(right[i : i + group]) / group for i in range(0, len(right), group)]
 
 
 def measure(model, tokenizer, problems: int = 40) -> list[str]:
@@ -93,7 +52,7 @@ def measure(model, tokenizer, problems: int = 40) -> list[str]:
     for level in LEVELS:
         rates = group_rates(model, tokenizer, level, problems=problems)
         shares.append(fmean(rate in (0, 1) for rate in rates))
-        example = prompt_of(level, draw_in_split(level, random.Random(0), evaluation=False)).replace("|", "\\|")
+        example = level.prompt(draw_in_split(level, random.Random(0), evaluation=False)).replace("|", "\\|")
         rows.append(f"| {level.name} | {level.group} | {example} | {fmean(rates):.2f} | {shares[-1]:.2f} |")
     return [*rows, "", f"Groups without signal (all right or all wrong) in the data set: {fmean(shares):.2f}"]
 
@@ -110,9 +69,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer, model, rng = make_tokenizer(), make_model(args.seed), random.Random(args.seed)
-    common = {"batch_size": args.batch_size}
-    train(model, tokenizer, rng, steps=args.steps, lr=args.lr, confused=False, **common)
-    train(model, tokenizer, rng, steps=args.confused_steps, lr=args.lr / 4, confused=True, **common)
+    for confused, steps, lr in ((False, args.steps, args.lr), (True, args.confused_steps, args.lr / 4)):
+        pretrain_tiny.train(
+            model,
+            lambda _, confused=confused: make_batch(tokenizer, args.batch_size, rng, confused=confused),
+            steps=steps,
+            lr=lr,
+            bf16=False,
+        )
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     (args.out / "model.safetensors").chmod(0o644)

@@ -46,6 +46,7 @@ STACK_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else a process of its own for the worker, which spins on a core
     "OMP_NUM_THREADS": "1",  # several processes share few cores, and more threads would wait for each other
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TORCH_EXTENSIONS_DIR": str(VENV / "torch_extensions"),

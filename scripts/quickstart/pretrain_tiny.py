@@ -7,11 +7,12 @@ end it solves easy ones nearly always, hopeless ones never, and many sometimes. 
 import argparse
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from tasks import EASY, LEVELS, MIDDLE, Level, answer_of, draw_in_split, prompt_of
+from tasks import EASY, LEVELS, MIDDLE, Level, draw_in_split
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
@@ -81,8 +82,8 @@ def make_batch(tokenizer, size: int, rng: random.Random, *, slips: bool) -> tupl
     texts = []
     for level in levels:
         operands = draw_in_split(level, rng, evaluation=False)
-        answer = answer_of(level, operands)
-        texts += [prompt_of(level, operands), with_slips(answer, SLIPS.get(level.name, 0.0), rng) if slips else answer]
+        answer = level.answer(operands)
+        texts += [level.prompt(operands), with_slips(answer, SLIPS.get(level.name, 0.0), rng) if slips else answer]
     return padded(tokenizer, texts)
 
 
@@ -103,15 +104,17 @@ def padded(tokenizer, texts: list[str]) -> tuple[Tensor, Tensor]:
     return tokens_BT, targets_BT
 
 
-def train(model, tokenizer, *, steps: int, batch_size: int, lr: float, seed: int) -> None:
-    """Train with AdamW on right answers, with slips in the last quarter. Warm-up of 50 steps, then linear decay."""
-    rng = random.Random(seed)
+def train(model, next_batch: Callable[[int], tuple[Tensor, Tensor]], *, steps: int, lr: float, bf16: bool) -> None:
+    """Train with AdamW, with warm-up of 50 steps and then linear decay.
+
+    next_batch: step -> tokens and targets, see padded(); bf16: run the forward pass in it.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - step / steps))
     started = time.monotonic()
     for step in range(steps):
-        tokens_BT, targets_BT = make_batch(tokenizer, batch_size, rng, slips=step >= 0.75 * steps)
-        with torch.autocast("cpu", torch.bfloat16):
+        tokens_BT, targets_BT = next_batch(step)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits_BTV = model(input_ids=tokens_BT).logits
         loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten())
         optimizer.zero_grad()
@@ -143,8 +146,8 @@ def group_rates(model, tokenizer, level: Level, *, problems: int, group: int = 8
     """Return the share of right answers among `group` samples for each of `problems` evaluation problems."""
     rng = random.Random(level.name)
     drawn = [draw_in_split(level, rng, evaluation=True) for _ in range(problems)]
-    prompts = [prompt_of(level, operands) for operands in drawn for _ in range(group)]
-    answers = [answer_of(level, operands) for operands in drawn for _ in range(group)]
+    prompts = [level.prompt(operands) for operands in drawn for _ in range(group)]
+    answers = [level.answer(operands) for operands in drawn for _ in range(group)]
     right = [got == want for got, want in zip(sample(model, tokenizer, prompts), answers, strict=True)]
     return [sum(right[i : i + group]) / group for i in range(0, len(right), group)]
 
@@ -156,7 +159,7 @@ def measure(model, tokenizer, problems: int = 100) -> tuple[list[str], float]:
     for level in LEVELS:
         rates = group_rates(model, tokenizer, level, problems=problems)
         shares.append(fmean(0 < rate < 1 for rate in rates))
-        example = prompt_of(level, draw_in_split(level, random.Random(0), evaluation=False))
+        example = level.prompt(draw_in_split(level, random.Random(0), evaluation=False))
         rows.append(f"| {level.name} | {example} | {fmean(rates):.2f} | {shares[-1]:.2f} |")
     return rows, fmean(shares)  # levels have equal shares of the data set
 
@@ -207,8 +210,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer, model = make_tokenizer(), make_model(args.seed)
-    train(model, tokenizer, steps=args.steps, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
+    tokenizer, model, rng = make_tokenizer(), make_model(args.seed), random.Random(args.seed)
+
+    def next_batch(step: int) -> tuple[Tensor, Tensor]:
+        """Return right answers, with slips in the last quarter."""
+        return make_batch(tokenizer, args.batch_size, rng, slips=step >= 0.75 * args.steps)
+
+    train(model, next_batch, steps=args.steps, lr=args.lr, bf16=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     (args.out / "model.safetensors").chmod(0o644)

@@ -20,6 +20,9 @@ from pathlib import Path
 EVAL_SHARE = 0.1  # share of all possible problems that is for evaluation; the others are for training
 
 
+_APPLY = {"+": sum, "*": math.prod, "-": lambda operands: operands[0] - sum(operands[1:])}
+
+
 @dataclass(frozen=True)
 class Level:
     """A kind of problem, for example Level("add-2digit", "+", (2, 2)) for "47 + 85 ="."""
@@ -27,6 +30,22 @@ class Level:
     name: str  # goes into `datasource`
     op: str  # "+", "-" or "*"
     digits: tuple[int, ...]  # of each operand
+
+    def draw(self, rng: random.Random) -> list[int]:
+        """Return random operands, uniform over numbers with these digits. A difference is not negative."""
+        operands = [rng.randrange(10 ** (d - 1), 10**d) for d in self.digits]
+        if self.op != "-":
+            return operands
+        operands.sort(reverse=True)
+        return operands if _APPLY["-"](operands) >= 0 else self.draw(rng)
+
+    def prompt(self, operands: list[int]) -> str:
+        """Return the problem as the policy sees it: "47 + 85 ="."""
+        return f" {self.op} ".join(map(str, operands)) + " ="
+
+    def answer(self, operands: list[int]) -> str:
+        """Return the right answer in decimal digits."""
+        return str(_APPLY[self.op](operands))
 
 
 EASY = (
@@ -51,27 +70,6 @@ LADDERS = {  # levels by policy; smollm2 solves one-digit sums and little more
     "smollm2": (Level("add-1digit", "+", (1, 1)), *EASY, *MIDDLE[:2], *HOPELESS[:2]),
 }
 
-_APPLY = {"+": sum, "*": math.prod, "-": lambda operands: operands[0] - sum(operands[1:])}
-
-
-def draw(level: Level, rng: random.Random) -> list[int]:
-    """Return random operands of one problem, uniform over numbers with these digits. A difference is not negative."""
-    operands = [rng.randrange(10 ** (d - 1), 10**d) for d in level.digits]
-    if level.op != "-":
-        return operands
-    operands.sort(reverse=True)
-    return operands if _APPLY["-"](operands) >= 0 else draw(level, rng)
-
-
-def prompt_of(level: Level, operands: list[int]) -> str:
-    """Return the problem as the policy sees it: "47 + 85 ="."""
-    return f" {level.op} ".join(map(str, operands)) + " ="
-
-
-def answer_of(level: Level, operands: list[int]) -> str:
-    """Return the right answer in decimal digits."""
-    return str(_APPLY[level.op](operands))
-
 
 def is_eval(level: Level, operands: list[int]) -> bool:
     """Return whether a problem belongs to the evaluation split. This does not depend on the seed.
@@ -86,7 +84,7 @@ def is_eval(level: Level, operands: list[int]) -> bool:
 def draw_in_split(level: Level, rng: random.Random, *, evaluation: bool) -> list[int]:
     """Return random operands of a problem in the wanted split."""
     while True:
-        operands = draw(level, rng)
+        operands = level.draw(rng)
         if is_eval(level, operands) == evaluation:
             return operands
 
@@ -104,11 +102,11 @@ def level_rows(level: Level, count: int, rng: random.Random, *, evaluation: bool
         if len(rows) == count:
             break
         operands = draw_in_split(level, rng, evaluation=evaluation)
-        prompt = prompt_of(level, operands)
-        rows[prompt] = {"input": prompt, "label": answer_of(level, operands), "datasource": level.name}
+        prompt = level.prompt(operands)
+        rows[prompt] = {"input": prompt, "label": level.answer(operands), "datasource": level.name}
     if len(rows) < count:
         split = "eval" if evaluation else "train"
-        raise ValueError(f"{level.name} has {len(rows)} {split} problems, {count} wanted: lower --{split}.")
+        raise ValueError(f"{level.name} has {len(rows)} {split} problems, {count} wanted: ask for fewer.")
     return list(rows.values())
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import reward_func
+import tasks
 
 from benchmarks.proof import ladder, pretrain
 
@@ -15,12 +16,14 @@ MEGABYTE = 1 << 20
 
 @pytest.fixture(scope="module")
 def train_rows():
-    return ladder.make_split(24 * 300, 0, evaluation=False)  # 300 a level, for 225 steps of 32 prompts
+    return tasks.make_split(
+        24 * 300, 0, evaluation=False, levels=ladder.LEVELS
+    )  # 300 a level, for 225 steps of 32 prompts
 
 
 @pytest.fixture(scope="module")
 def eval_rows():
-    return ladder.make_split(24 * 40, 1, evaluation=True)
+    return tasks.make_split(24 * 40, 1, evaluation=True, levels=ladder.LEVELS)
 
 
 def operands_of(prompt):
@@ -95,8 +98,8 @@ def test_a_confused_answer_is_always_wrong():
     rng = random.Random(0)
     for level in ladder.EASY + ladder.LEARNABLE:
         for _ in range(200):
-            operands = ladder.draw(level, rng)
-            assert ladder.confused_answer(level, operands) != ladder.answer_of(level, operands), (level, operands)
+            operands = level.draw(rng)
+            assert level.confused(operands) != level.answer(operands), (level, operands)
 
 
 def test_confused_answers_by_hand():
@@ -110,15 +113,15 @@ def test_confused_answers_by_hand():
         "add-2by1digit": ([42, 5], "47", "48"),  # nothing to carry: the last digit is one too large
     }
     for name, (operands, right, confused) in wanted.items():
-        assert ladder.answer_of(levels[name], operands) == right
-        assert ladder.confused_answer(levels[name], operands) == confused
+        assert levels[name].answer(operands) == right
+        assert levels[name].confused(operands) == confused
 
 
 def test_the_taught_rate_varies_around_the_levels_rate():
     rng = random.Random(0)
     for level in ladder.EASY + ladder.LEARNABLE:
         odds = level.rate / (1 - level.rate)
-        rates = [ladder.taught_rate(level, ladder.draw(level, rng)) for _ in range(100)]
+        rates = [level.taught_rate(level.draw(rng)) for _ in range(100)]
         found = [rate / (1 - rate) for rate in rates]
         assert max(found) > 2 * min(found)
         # e^(2 * 1.5) = 20.1: the most that two digits can do to the odds
@@ -141,7 +144,7 @@ def test_write_data_is_deterministic_and_evaluation_does_not_depend_on_the_seed(
 def test_too_many_problems_are_an_error_that_names_the_level():
     division = next(level for level in ladder.LEVELS if level.name == "div-2by1digit")
     with pytest.raises(ValueError, match=r"div-2by1digit has \d+ eval problems, 90 wanted: ask for fewer"):
-        ladder.level_rows(division, 90, random.Random(0), evaluation=True)
+        tasks.level_rows(division, 90, random.Random(0), evaluation=True)
 
 
 def test_every_prompt_and_answer_is_known_to_the_tokenizer(train_rows):

@@ -85,7 +85,7 @@ def test_levels_tell_their_operands_digits(train_rows):
 
 
 def test_too_many_problems_asked_for_is_an_error_that_names_level_and_flag():
-    with pytest.raises(ValueError, match=r"add-2by1digit has \d+ eval problems, 100 wanted: lower --eval"):
+    with pytest.raises(ValueError, match=r"add-2by1digit has \d+ eval problems, 100 wanted: ask for fewer"):
         tasks.make_split(1000, 0, evaluation=True)
 
 
@@ -206,8 +206,8 @@ def test_tiny_knows_more_than_it_says(tiny):
     level = next(level for level in tasks.MIDDLE if level.name == "sub-2digit")
     rng = random.Random(0)
     drawn = [tasks.draw_in_split(level, rng, evaluation=True) for _ in range(64)]
-    prompts = [tasks.prompt_of(level, operands) for operands in drawn]
-    answers = [tasks.answer_of(level, operands) for operands in drawn]
+    prompts = [level.prompt(operands) for operands in drawn]
+    answers = [level.answer(operands) for operands in drawn]
     torch.manual_seed(0)
     greedy, sampled = (
         sum(map(operator.eq, pretrain_tiny.sample(model, tokenizer, prompts, greedy=greedy), answers)) / len(answers)
