@@ -10,7 +10,7 @@ r_i ~ N(0, τ²): the part that only the prompt's own groups reveal. τ² is fit
 A group with k of n right responses at ability θ multiplies a prompt's belief by σ(x + θ)^k · σ(−x − θ)^(n−k) with
 x = w·φ + r, so old evidence follows the policy as it improves. predict() returns Beta distributions of equal moments.
 Sources: item-response (Rasch) model; assumed-density filtering (Opper 1998) with the sites of expectation propagation
-(Minka 2001); τ² by Fisher scoring, the weights' prior by expectation maximisation.
+(Minka 2001); τ² by its marginal likelihood, the weights' prior by expectation maximisation.
 
 Suffixes: B = prompts of one call, F = features, V = visits, Q = quadrature nodes, D = candidate shifts of the ability.
 """
@@ -23,10 +23,11 @@ from depo_plugin.estimator.history import SITE, VISITS, Evidence, PromptHistory,
 from depo_plugin.settings.config import HistoryConfig
 
 NODES = np.linspace(-6.0, 6.0, 41)  # of the quadrature, in the posterior's standard deviations
-SPREAD_START = 2.5  # the first τ²; it counts as much as 20 groups with an error variance of 2 (see _fit_spread)
-SPREAD_WEIGHT = 20 / (SPREAD_START + 2.0) ** 2
-SPREAD_RANGE = (1e-6, 25.0)
-SPREAD_KEPT = 0.9997  # share of the fitted sums kept per new prompt: τ² follows about the last 3000
+SPREADS_T = np.geomspace(0.02, 200.0, 25)  # candidates for τ²
+SPREAD_START, SPREAD_DOUBT = 2.5, 1.5  # before the first group: the mean of log τ², as τ², and its standard deviation
+SPREAD_KEPT = 0.9997  # share of the candidates' log-likelihood kept per new prompt: τ² follows about the last 3000
+SPREAD_NODES = np.linspace(-6.0, 6.0, 121)  # of the quadrature over x, in standard deviations
+KAPPA_RANGE = (1e-6, 200.0)  # of τ² for a fixed kappa
 ABILITY_START = 4.0  # variance of the ability before the first group
 ABILITY_STEP = 0.05**2  # variance of its random walk, per update
 JUMP_CHANCE, JUMP = 0.01, 1.5**2  # chance of a jump per update, and the jump's variance
@@ -53,8 +54,8 @@ def kappa_of(spread: float) -> float:
 
 
 def spread_of(kappa: float) -> float:
-    """Return the τ² for which kappa_of() is `kappa`, by bisection within SPREAD_RANGE."""
-    low, high = SPREAD_RANGE
+    """Return the τ² for which kappa_of() is `kappa`, by bisection within KAPPA_RANGE."""
+    low, high = KAPPA_RANGE
     for _ in range(60):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if kappa_of(middle) > kappa else (low, middle)
@@ -119,7 +120,7 @@ class Belief:
         fixed = None if cfg.kappa == "fit" else spread_of(min(float(cfg.kappa), 1e6))
         # Learning w needs a fitted spread, even if kappa is inf.
         self._fixed_spread = None if cfg.kappa == "inf" and cfg.share else fixed
-        self._spread_sum, self._spread_weight = SPREAD_START * SPREAD_WEIGHT, SPREAD_WEIGHT
+        self._spread_log_T = np.zeros(len(SPREADS_T))  # log-likelihood of each candidate for τ²
         # Columns: the score logit, a constant, the embedding. Only with cfg.share are their weights learned.
         self._center_F = np.r_[1.0, 0.0, np.zeros(features)]
         self._weight_variance = WEIGHT_START
@@ -145,7 +146,9 @@ class Belief:
         """τ², the variance of the part of a prompt's logit that the text does not predict."""
         if self._fixed_spread is not None:
             return self._fixed_spread
-        return float(np.clip(self._spread_sum / self._spread_weight, *SPREAD_RANGE))
+        log_T = self._spread_log_T - 0.5 * (np.log(SPREADS_T / SPREAD_START) / SPREAD_DOUBT) ** 2
+        weights_T = np.exp(log_T - log_T.max())
+        return float(np.exp(weights_T @ np.log(SPREADS_T) / weights_T.sum()))
 
     @property
     def kappa(self) -> float:
@@ -186,7 +189,7 @@ class Belief:
         after = before.with_visit(successes_B, samples_B, self.ability)._replace(visits=before.visits + visited)
         site_mean_B, site_precision_B = self._sites(mean_B, variance_B, after)
         new_B = before.samples.sum(1) == 0
-        self._fit_spread(mean_B, variance_B, site_mean_B, site_precision_B, new_B)
+        self._fit_spread(mean_B[new_B], variance_B[new_B], successes_B[new_B], samples_B[new_B])
         if self._cfg.share and new_B.any():
             precision_B = 1 / (1 / site_precision_B + self.spread)
             self._learn_text(features_BF[new_B], site_mean_B[new_B], precision_B[new_B], float(new_B.mean()))
@@ -261,19 +264,19 @@ class Belief:
         precision_B = np.maximum(1 / left_B - 1 / prior_B, PRECISION_MIN)
         return (found_B / left_B - mean_B / prior_B) / precision_B, precision_B
 
-    def _fit_spread(self, mean_B, variance_B, site_mean_B, site_precision_B, new_B):
-        """Make one step of Fisher scoring of τ², from the sites of new prompts.
+    def _fit_spread(self, mean_B, variance_B, successes_B, samples_B):
+        """Add the likelihood of new prompts' first groups under each candidate for τ², given the text's prediction.
 
-        A site's mean has variance τ² + e around the text's prediction, e = 1/precision + the prediction's variance.
-        τ² ← Σ w·((site − mean)² − e) / Σ w with w = 1/(τ² + e)² and fading sums. Prompts that are met again are left
-        out: the filter kept them because of what it knew about their r, so they would make τ² too small.
+        Σ_B log ∫ N(x; mean, variance + τ²) σ(x + θ)^k σ(−x − θ)^(n−k) dx. Prompts that are met again are left out: the
+        filter kept them because of what it knew about their r, so they would make τ² too small.
         """
-        error_B = (1 / site_precision_B + variance_B)[new_B]
-        weight_B = 1 / (self.spread + error_B) ** 2
-        excess_B = (site_mean_B - mean_B)[new_B] ** 2 - error_B
-        fade = SPREAD_KEPT ** new_B.sum()
-        self._spread_sum = fade * self._spread_sum + float(weight_B @ excess_B)
-        self._spread_weight = fade * self._spread_weight + float(weight_B.sum())
+        weights_Q = np.exp(-0.5 * SPREAD_NODES**2)
+        width_TB = np.sqrt(variance_B + SPREADS_T[:, None])
+        logit_TBQ = (mean_B + self.ability)[:, None] + width_TB[..., None] * SPREAD_NODES
+        log_TBQ = log_likelihood(logit_TBQ, successes_B[:, None], (samples_B - successes_B)[:, None])
+        likelihood_TB = np.exp(log_TBQ) @ (weights_Q / weights_Q.sum())
+        self._spread_log_T *= SPREAD_KEPT ** len(mean_B)
+        self._spread_log_T += np.log(np.maximum(likelihood_TB, 1e-300)).sum(1)
 
     # ── The ability ──
 
@@ -309,7 +312,7 @@ class Belief:
         """Return copies of everything that can change a later belief."""
         return {
             "ability": [self.ability, self._ability_variance],
-            "spread": [self._spread_sum, self._spread_weight],
+            "spread": self._spread_log_T.copy(),
             "weight_variance": self._weight_variance,
             "information": self._information_FF.copy(),
             "vector": self._vector_F.copy(),
@@ -329,7 +332,7 @@ class Belief:
             )
         self._history.load_state_dict(state["history"])
         self.ability, self._ability_variance = state["ability"]
-        self._spread_sum, self._spread_weight = state["spread"]
+        self._spread_log_T = np.array(state["spread"])
         self._weight_variance = state["weight_variance"]
         self._information_FF, self._vector_F = np.array(state["information"]), np.array(state["vector"])
         self._text_clock = state["text_clock"]
