@@ -35,9 +35,12 @@ class Evidence(NamedTuple):
     site_at: np.ndarray  # (B,) the text clock of belief.py when it was added
     visits: np.ndarray  # (B,) updates that learned from their groups; never faded
 
-    def with_visit(self, successes_B, samples_B, ability: float) -> "Evidence":
-        """Return the evidence with one more visit: two neighbours merge, empty ones or those of nearest ability."""
-        visit = (successes_B, samples_B, np.full(len(samples_B), ability))
+    def with_visit(self, successes_B, samples_B, ability_B) -> "Evidence":
+        """Return the evidence with one more visit: two neighbours merge, empty ones or those of nearest ability.
+
+        ability_B: the policy's ability for each prompt, or one for all.
+        """
+        visit = (successes_B, samples_B, np.broadcast_to(ability_B, len(samples_B)))
         s, n, at = (np.c_[old, new] for old, new in zip(self[:3], visit, strict=True))
         apart = np.where((n[:, 1:] > 0) & (n[:, :-1] > 0), np.abs(np.diff(at)), -1.0)
         row, first = np.arange(len(s)), apart.argmin(1)

@@ -10,7 +10,17 @@ import pytest
 from tiny_encoder import assert_same_state
 
 from depo_plugin.estimator import checkpoint
-from depo_plugin.estimator.belief import Belief, beta_of, kappa_of, moments, posterior, sigmoid, spread_of
+from depo_plugin.estimator.belief import (
+    Belief,
+    beta_of,
+    kappa_of,
+    log_odds,
+    moments,
+    pass_rate,
+    posterior,
+    slopes,
+    spread_of,
+)
 from depo_plugin.estimator.history import no_evidence
 from depo_plugin.filter import signal_probability
 from depo_plugin.settings.config import HistoryConfig
@@ -56,9 +66,17 @@ def logistic(x):
     return 1 / (1 + np.exp(-x))
 
 
+def rate(x):
+    """The pass rate σ(x)²: right only if two things go right."""
+    return logistic(x) ** 2
+
+
 def log_groups(x, groups):
-    """log Π σ(x + θ)^k σ(−x − θ)^(n − k)."""
-    return sum(-k * np.logaddexp(0, -x - at) - (n - k) * np.logaddexp(0, x + at) for k, n, at in groups)
+    """log Π p^k (1 − p)^(n − k) with p = σ(x + θ)²; 1 − p = σ(−x − θ) (1 + σ(x + θ))."""
+    return sum(
+        -2 * k * np.logaddexp(0, -x - at) + (n - k) * (np.log1p(logistic(x + at)) - np.logaddexp(0, x + at))
+        for k, n, at in groups
+    )
 
 
 def exact(mean, variance, groups, grid=GRID):
@@ -68,26 +86,48 @@ def exact(mean, variance, groups, grid=GRID):
     return weights / weights.sum()
 
 
-def widened(s, spread):
-    """The mean logit whose pass rate, over a spread of τ², has the logit s (MacKay)."""
-    return s * np.sqrt(1 + np.pi * spread / 8)
+def logit(p):
+    return np.log(p / (1 - p))
+
+
+def center(s, spread):
+    """The x of a score s: the logit of the root of the pass rate, whose own logit is widened for τ² (MacKay)."""
+    return logit(np.sqrt(logistic(s * np.sqrt(1 + np.pi * spread / 8))))
+
+
+def score(x, spread):
+    """The score whose center() is x."""
+    return logit(rate(x)) / np.sqrt(1 + np.pi * spread / 8)
 
 
 # ── One prompt ──
 
 
-def test_sigmoid_is_right_and_never_overflows():
-    assert sigmoid(np.array([-1e9, -3.0, 0.0, 0.5, 1e9])) == pytest.approx([0, *logistic(np.r_[-3, 0, 0.5]), 1])
+def test_the_pass_rate_is_right_and_never_overflows():
+    x = np.array([-3.0, 0.0, 0.5])
+    assert pass_rate(np.r_[-1e9, x, 1e9]) == pytest.approx([0, *logistic(x) ** 2, 1])
+    assert log_odds(pass_rate(x)) == pytest.approx(x)
+
+
+def test_the_slopes_are_those_of_the_likelihood():
+    """Against differences of log_groups(), for all right, all wrong and fractions."""
+    x, step = np.linspace(-6, 6, 25), 1e-3
+    for k, n in ((8, 8), (0, 8), (2.5, 4)):
+        low, here, high = (log_groups(at, [(k, n, 0.0)]) for at in (x - step, x, x + step))
+        first, second = slopes(x, k, n - k)
+        assert first == pytest.approx((high - low) / (2 * step), abs=1e-4)
+        assert second == pytest.approx(-(high - 2 * here + low) / step**2, abs=1e-4)
+        assert (second >= 0).all()
 
 
 CASES = [*itertools.product((-14, -6, -2, 0, 3, 14), (0, 1, 4, 8, 16, 64, 500), (0.0, 0.03, 0.37, 0.5, 1.0))]
 ERRORS = {  # by prior variance: in exact standard deviations, of the exact variance, of the pass rate, of V
-    1e-6: (1e-9, 1e-7, 1e-12, 3.2e-6),  # 1.2 times what was measured
-    0.1: (2e-7, 1e-6, 1e-9, 1e-3),
-    2.5: (1.3e-4, 8e-4, 1.3e-6, 0.05),
-    6.0: (9e-4, 5e-3, 1e-5, 0.047),
-    25.0: (0.012, 0.05, 1.8e-4, 0.021),  # the largest spread there is
-    60.0: (0.035, 0.14, 9e-4, 0.012),
+    1e-6: (1e-9, 1e-7, 1e-12, 3e-6),  # 1.2 times what was measured
+    0.1: (6e-7, 4e-6, 2e-9, 1.2e-3),
+    2.5: (1.8e-3, 0.01, 5e-6, 0.062),
+    6.0: (0.009, 0.042, 3e-5, 0.048),
+    25.0: (0.056, 0.2, 4e-4, 0.022),
+    60.0: (0.125, 0.4, 1.8e-3, 0.016),
 }
 
 
@@ -101,7 +141,7 @@ def test_posterior_and_its_beta_are_those_of_brute_force(variance):
     for mean, samples, share in CASES:
         deviation = np.sqrt(variance)
         grid = GRID if variance > 1e-3 else np.linspace(mean - 10 * deviation, mean + 10 * deviation, 20001)
-        weights, p = exact(mean, variance, [(share * samples, samples, 0.0)], grid), logistic(grid)
+        weights, p = exact(mean, variance, [(share * samples, samples, 0.0)], grid), rate(grid)
         expected = weights @ grid
         expected_variance = weights @ (grid - expected) ** 2
         evidence = no_evidence(1).with_visit(np.array([share * samples]), np.array([float(samples)]), 0.0)
@@ -109,9 +149,9 @@ def test_posterior_and_its_beta_are_those_of_brute_force(variance):
         assert found.sum() == pytest.approx(1)
         (one,), (two,) = moments(x, found)
         errors = (one - expected) / np.sqrt(expected_variance), two / expected_variance - 1
-        errors += ((found * sigmoid(x)).sum() - weights @ p,)
+        errors += ((found * pass_rate(x)).sum() - weights @ p,)
         for size in (4, 8, 16):
-            v = signal_probability(*beta_of(sigmoid(x), found), size)[0]
+            v = signal_probability(*beta_of(pass_rate(x), found), size)[0]
             off = np.abs([*errors, v - weights @ (1 - p**size - (1 - p) ** size)])
             assert (off < ERRORS[variance]).all(), f"N({mean}, {variance}), {share} of {samples}: {off}"
 
@@ -131,11 +171,12 @@ def test_beta_has_the_mean_and_variance_it_is_made_of():
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 20.0])
 def test_kappa_and_spread_are_each_others_inverse(spread):
-    """Beta(κ/2, κ/2) and σ(τz) have one variance, 0.25/(κ + 1): simulated."""
+    """A Beta of κ samples has the variance m(1 − m)/(κ + 1) of the pass rates around p = 1/2: simulated."""
     rng, kappa = np.random.default_rng(0), kappa_of(spread)
-    assert 0.25 / (kappa + 1) == pytest.approx(logistic(np.sqrt(spread) * rng.normal(size=400_000)).var(), rel=0.01)
+    p = rate(logit(np.sqrt(0.5)) + np.sqrt(spread) * rng.normal(size=400_000))
+    assert p.mean() * (1 - p.mean()) / (kappa + 1) == pytest.approx(p.var(), rel=0.01)
     assert spread_of(kappa) == pytest.approx(spread, rel=1e-6)
-    assert spread_of(1e-9) == pytest.approx(25.0), "the largest spread there is, κ of 0.43"
+    assert spread_of(1e-9) == pytest.approx(200.0), "the largest spread there is"
     assert spread_of(1e12) == pytest.approx(1e-6)
 
 
@@ -151,8 +192,8 @@ def test_the_fitted_spread_is_that_of_the_data(spread, tolerance, share):
     belief, found = believe(share=share, drift=False), []
     for now in range(150):
         text = rng.normal(0, 1, 32)  # w·φ
-        p = logistic(text + np.sqrt(spread) * rng.normal(size=32))
-        meet(belief, range(32 * now, 32 * now + 32), p, now, rng, text / widened(1, spread))
+        p = rate(text + np.sqrt(spread) * rng.normal(size=32))
+        meet(belief, range(32 * now, 32 * now + 32), p, now, rng, score(text, spread))
         found.append(abs(belief.spread - spread))
     assert found[-1] < tolerance
     assert found[49] < 1.5 * tolerance
@@ -182,8 +223,8 @@ def test_predict_is_the_docstrings_model():
     at_ability(1.2)
     found = predict(belief, (1, 2, 3, 4, 5), 3, np.r_[s, 0.5])
     groups = [[(0, 8 / 8, 0)], [(2.5 / 8, 4 / 8, 0), (2, 2, 0.7)], [(2, 2, 0)], [(1, 1, 0)], []]
-    for a, b, logit, own in zip(*found, np.r_[s, 0.5], groups, strict=True):
-        weights, p = exact(widened(logit, spread), spread, own), logistic(GRID + 1.2)
+    for a, b, one, own in zip(*found, np.r_[s, 0.5], groups, strict=True):
+        weights, p = exact(center(one, spread), spread, own), rate(GRID + 1.2)
         mean = weights @ p
         assert a / (a + b) == pytest.approx(mean, rel=1e-5)
         assert a * b / (a + b) ** 2 / (a + b + 1) == pytest.approx(weights @ (p - mean) ** 2, rel=1e-4)
@@ -192,13 +233,13 @@ def test_predict_is_the_docstrings_model():
 
 @pytest.mark.parametrize("drift", [False, True], ids=["paper", "drift"])
 def test_inf_without_sharing_is_the_text_at_the_ability_without_doubt(drift):
-    """p̂ = σ(s + θ). Without drift θ is 0 whatever was observed, and nothing is remembered."""
+    """p̂ = σ(s) at θ = 0. Without drift θ is 0 whatever was observed, and nothing is remembered."""
     belief, rng, s = believe(kappa="inf", share=False, drift=drift), np.random.default_rng(0), np.linspace(-14, 14, 57)
     for now in range(5):
         a, b = predict(belief, range(57), s=s, now=now)
-        assert a / (a + b) == pytest.approx(logistic(s + belief.ability), rel=2e-5)
+        assert a / (a + b) == pytest.approx(rate(center(s, 0.0) + belief.ability), rel=2e-5)
         assert (a + b).min() > 1e5
-        meet(belief, range(57), logistic(s + 1), now, rng, s)
+        meet(belief, range(57), rate(center(s, 0.0) + 1), now, rng, s)
     assert belief.ability == pytest.approx(float(drift), abs=0.2 * drift)
     assert belief.visits(list(range(57)), 5).tolist() == [5] * 57  # a rule may ask, although the belief does not
 
@@ -242,8 +283,8 @@ def two_prompts(cross, own, groups, asked):
     third, left = asked[2] + centered @ gain, joint[2, 2] - gain @ joint[:2, 2]
     nodes, node_weights = np.polynomial.hermite_e.hermegauss(40)
     node_weights = node_weights / node_weights.sum()
-    p = logistic(third[:, None] + np.sqrt(left) * nodes)
-    means, squares = (np.r_[weights @ logistic(x) ** power, weights @ (p**power @ node_weights)] for power in (1, 2))
+    p = rate(third[:, None] + np.sqrt(left) * nodes)
+    means, squares = (np.r_[weights @ rate(x) ** power, weights @ (p**power @ node_weights)] for power in (1, 2))
     return means, squares - means**2
 
 
@@ -253,7 +294,7 @@ def two_prompts(cross, own, groups, asked):
 @pytest.mark.parametrize("features", [0, 3])
 def test_sharing_is_the_docstrings_model(groups, features):
     """Two prompts met, a third not: against the exact joint posterior. Assumed-density filtering is an approximation:
-    measured, pass rates are within 0.007 and standard deviations within 2 %; own groups counted twice, once by way of
+    measured, pass rates are within 0.016 and standard deviations within 4 %; own groups counted twice, once by way of
     the text, would make it 0.04 and 21 %.
     """
     belief = believe(features, kappa=4.0, drift=False, discount=1.0)
@@ -263,12 +304,12 @@ def test_sharing_is_the_docstrings_model(groups, features):
     a, b = predict(belief, [1, 2, 3], 1, s, text)
     # Prior variances: 0.5² of the score logit's weight, around 1; 1 of the constant's; then the embedding's.
     weight = belief.state_dict()["weight_variance"]
-    columns = np.c_[widened(s, spread), np.ones(3), text]
+    columns = np.c_[center(s, spread), np.ones(3), text]
     cross = columns @ np.diag([0.25, 1.0, *[weight] * features]) @ columns.T
     means, variances = two_prompts(cross, spread, [[(k, n, 0.0)] for k, n in groups], columns[:, 0])
-    assert a / (a + b) == pytest.approx(means, abs=0.01)
+    assert a / (a + b) == pytest.approx(means, abs=0.016)
     deviations = np.sqrt(a * b / (a + b + 1)) / (a + b)
-    assert deviations == pytest.approx(np.sqrt(variances), rel=0.03)
+    assert deviations == pytest.approx(np.sqrt(variances), rel=0.045)
 
 
 def test_a_prompt_that_is_met_again_teaches_of_itself_alone():
@@ -307,8 +348,9 @@ def stream(belief, seed, epochs=3, spread=1.5, step=0.01, scored=0.0):
     for epoch in range(epochs):
         rows = []
         for part in np.split(rng.permutation(256), 8):
-            s = np.clip(x[part] + 0.5 * rng.normal(size=32), -scored, scored) * epoch / (epochs - 1)
-            p = logistic(x[part] + step * now)
+            near = logit(rate(x[part] + 0.5 * rng.normal(size=32)))
+            s = np.clip(near, -scored, scored) * epoch / (epochs - 1)
+            p = rate(x[part] + step * now)
             a, b = predict(belief, part, now, s, text[part])
             mean = a / (a + b)
             kl = p * np.log(p / mean) + (1 - p) * np.log((1 - p) / (1 - mean))
@@ -354,8 +396,8 @@ def exact_ability(s, groups, spread):
     thetas, grid, small = np.linspace(-8, 8, 401), np.linspace(-20, 20, 801), 4.0 + 0.05**2
     prior = ((0.99, small), (0.01, small + 1.5**2))
     log = np.log(sum(chance * np.exp(-0.5 * thetas**2 / v) / np.sqrt(v) for chance, v in prior))
-    for logit, (k, n) in zip(s, groups, strict=True):
-        weights = exact(widened(logit, spread), spread, [], grid)
+    for one, (k, n) in zip(s, groups, strict=True):
+        weights = exact(center(one, spread), spread, [], grid)
         log += np.log(np.exp(log_groups(grid, [(k, n, thetas[:, None])])) @ weights)
     weights = np.exp(log - log.max()) / np.exp(log - log.max()).sum()
     mean = weights @ thetas
@@ -370,7 +412,7 @@ def test_the_ability_is_that_of_brute_force(groups):
     s = np.linspace(-1, 1, len(groups))
     update(belief, [(i, k, n) for i, (k, n) in enumerate(groups)], 0, s)
     expected = exact_ability(s, groups, spread_of(8.0))
-    assert belief.state_dict()["ability"] == pytest.approx(expected, rel=0.005, abs=0.002)
+    assert belief.state_dict()["ability"] == pytest.approx(expected, rel=0.007, abs=0.002)
 
 
 @pytest.mark.parametrize(("steps", "again"), [(3, False), (60, True)], ids=["new prompts", "the same prompts"])
@@ -396,7 +438,7 @@ def test_the_ability_follows_within_three_steps(later):
         x = 1.5 * rng.normal(size=512)
         for now, ability in enumerate(abilities):
             part = rng.permutation(512)[:64]
-            meet(belief, part, logistic(x[part] + ability), now, rng)
+            meet(belief, part, rate(x[part] + ability), now, rng)
             found.append(belief.ability)
         errors.append(np.array(found)[27:] - found[24] - later[2:])
     assert np.abs(errors).max() < 0.3
