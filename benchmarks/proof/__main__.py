@@ -63,13 +63,13 @@ def main(argv: list[str] | None = None) -> int:
         out = (args.runs / f"{name}-{count}-{method}-{seed}").resolve()
         words = METHODS[method].words
         key = run_key(args.model, size, words, seed)
-        others = [row for row in read(path) if (row["method"], row["seed"]) != (method, seed)]
         if args.no_runs or any(row["key"] == key for row in read(path)):
             continue
         print(f"run {number} of {len(plan)}: {METHODS[method].label}, {count} prompts a step, seed {seed}", flush=True)
         at = time.monotonic()
         row = {"key": key, "method": method, "prompts": count, "seed": seed}
         row |= launch(args.model, size, words, seed, out)
+        others = [row for row in read(path) if (row["method"], row["seed"]) != (method, seed)]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(one) + "\n" for one in [*others, row]))
         made += 1
