@@ -43,6 +43,9 @@ WEIGHT_START = 1.5**2  # first prior variance of the embedding's weights; it is 
 WEIGHT_RANGE = (0.05, 50.0)
 WEIGHT_RATE = 0.3  # each update moves the prior variance by this share of its distance to the estimate
 TEXT_KEPT = 0.998  # share of the evidence about w kept per batch of new prompts
+KEEPS_K = np.array([1.0, 0.998, 0.995, 0.99, 0.98])  # candidates for the share of a prompt's evidence kept per update
+KEEP_PRIOR_K = np.array([3, 4, 2, 1, 1]) / 11
+KEEP_KEPT = 0.98  # share of their log-likelihood kept per update
 PRECISION_MIN = 1e-4
 CAVITY_MIN = 1e-4  # smallest share of a variance that may remain: rounding must not make it negative
 
@@ -129,6 +132,13 @@ def site(mean_B, variance_B, evidence: Evidence) -> tuple[np.ndarray, np.ndarray
     return (found_B / left_B - mean_B / variance_B) / precision_B, precision_B
 
 
+def predictive(x_BQ, weights_BQ, successes_B, samples_B) -> np.ndarray:
+    """Return log Σ_Q weights p^k (1 − p)^(n−k), the log-likelihood of each prompt's group; x_BQ may be (K, B, Q)."""
+    log_BQ = log_likelihood(x_BQ, successes_B[:, None], (samples_B - successes_B)[:, None])
+    top_B = log_BQ.max(-1)
+    return top_B + np.log((weights_BQ * np.exp(log_BQ - top_B[..., None])).sum(-1))
+
+
 def beta_of(p_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return a_B, b_B of the Beta distributions with the mean and variance of the weighted pass rates p_BQ."""
     mean_B, variance_B = moments(p_BQ, weights_BQ)
@@ -147,12 +157,13 @@ class Belief:
     def __init__(self, cfg: HistoryConfig, features: int):
         """Start without evidence. features: columns of the text embeddings, 0 if prompts share no evidence."""
         self._cfg = cfg
-        self._history = PromptHistory(cfg.discount)
+        self._history = PromptHistory()
         self.ability, self._ability_variance = 0.0, ABILITY_START
         fixed = None if cfg.kappa == "fit" else spread_of(min(float(cfg.kappa), 1e6))
         # Learning w needs a fitted spread, even if kappa is inf.
         self._fixed_spread = None if cfg.kappa == "inf" and cfg.share else fixed
         self._spread_log_T = np.zeros(len(SPREADS_T))  # log-likelihood of each candidate for τ²
+        self._keep_log_K = np.zeros(len(KEEPS_K))  # log-likelihood of each candidate for keep
         # Columns: the score logit, a constant, the embedding. Only with cfg.share are their weights learned.
         self._center_F = np.r_[1.0, 0.0, np.zeros(features)]
         self._weight_variance = WEIGHT_START
@@ -184,6 +195,14 @@ class Belief:
         return float(np.exp(weights_T @ np.log(SPREADS_T) / weights_T.sum()))
 
     @property
+    def keep(self) -> float:
+        """The share of a prompt's evidence that is left per update since it was last seen."""
+        if self._cfg.discount != "fit":
+            return float(self._cfg.discount)
+        weights_K = KEEP_PRIOR_K * np.exp(self._keep_log_K - self._keep_log_K.max())
+        return float(np.exp(weights_K @ np.log(KEEPS_K) / weights_K.sum()))
+
+    @property
     def kappa(self) -> float:
         """κ, the number of samples that the text's prediction counts as."""
         return kappa_of(self.spread)
@@ -193,7 +212,7 @@ class Belief:
 
         keys: prompt keys; s_B: score logits; text_BF: unit embeddings, (B, 0) if not shared; now: updates so far.
         """
-        known = self._history.evidence(np.asarray(keys, np.uint64), now)
+        known = self._history.evidence(np.asarray(keys, np.uint64), now, self.keep)
         mean_B, variance_B = self._text(self._features(s_B, text_BF), known)
         x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(known))
         ability_B = self.ability + self._drift.shift(np.asarray(text_BF, np.float64))
@@ -201,7 +220,7 @@ class Belief:
 
     def visits(self, keys: list[int], now: int) -> np.ndarray:
         """Return visits_B float64: in how many updates each prompt was learned from."""
-        return self._history.evidence(np.asarray(keys, np.uint64), now).visits
+        return self._history.evidence(np.asarray(keys, np.uint64), now, 1.0).visits
 
     def update(self, keys: list[int], s_B, text_BF, successes_B, samples_B, now: int, visited: bool = True) -> None:
         """Learn from one step's groups: first the ability, then these prompts' own evidence, then the text weights.
@@ -212,7 +231,7 @@ class Belief:
         keys_B, first_B, group_B = np.unique(np.asarray(keys, np.uint64), return_index=True, return_inverse=True)
         features_BF = self._features(s_B, text_BF)[first_B]
         successes_B, samples_B = np.bincount(group_B, successes_B), np.bincount(group_B, samples_B)
-        before = self._history.evidence(keys_B, now)
+        before = self._history.evidence(keys_B, now, self.keep)
         if self._cfg.kappa == "inf" and not (self._cfg.share or self._cfg.drift):  # as in the paper: only text counts
             self._history.put(keys_B, before._replace(visits=before.visits + visited), now)
             return
@@ -227,6 +246,8 @@ class Belief:
                 parts = (part[known_B] for part in (text_BF, x_BQ, weights_BQ, successes_B, samples_B))
                 self._turn(*parts)
         ability_B = self.ability + self._drift.shift(text_BF)
+        if self._cfg.discount == "fit":
+            self._fit_keep(keys_B, mean_B, variance_B, ability_B, successes_B, samples_B, now)
         after = before.with_visit(successes_B, samples_B, ability_B)._replace(visits=before.visits + visited)
         site_mean_B, site_precision_B = site(mean_B, variance_B + self.spread, after)
         new_B = before.samples.sum(1) == 0
@@ -312,17 +333,24 @@ class Belief:
         self._spread_log_T *= SPREAD_KEPT ** len(mean_B)
         self._spread_log_T += np.log(np.maximum(likelihood_TB, 1e-300)).sum(1)
 
+    def _fit_keep(self, keys_B, mean_B, variance_B, ability_B, successes_B, samples_B, now):
+        """Weigh the candidates for keep by how likely they make these groups, given the prompts' earlier ones."""
+        self._keep_log_K *= KEEP_KEPT
+        for k, keep in enumerate(KEEPS_K):
+            x_BQ, weights_BQ = posterior(
+                mean_B, variance_B + self.spread, self._own(self._history.evidence(keys_B, now, keep))
+            )
+            x_BQ = x_BQ + ability_B[:, None]
+            self._keep_log_K[k] += predictive(x_BQ, weights_BQ, successes_B, samples_B).sum()
+
     # ── The ability ──
 
     def _follow(self, x_BQ, weights_BQ, successes_B, samples_B):
         """Move the ability to its posterior mean, given these groups and what was predicted for their prompts."""
-        failures_B = samples_B - successes_B
 
         def log_posterior(shift_D):
-            logit = x_BQ + self.ability + shift_D[:, None, None]
-            log = log_likelihood(logit, successes_B[:, None], failures_B[:, None])
-            top = log.max(-1)
-            log_D = (top + np.log((weights_BQ * np.exp(log - top[..., None])).sum(-1))).sum(-1)
+            x_DBQ = x_BQ + self.ability + shift_D[:, None, None]
+            log_D = predictive(x_DBQ, weights_BQ, successes_B, samples_B).sum(-1)
             small = self._ability_variance + ABILITY_STEP
             wide = small + JUMP
             walk_D = math.log((1 - JUMP_CHANCE) / math.sqrt(small)) - 0.5 * shift_D**2 / small
@@ -342,10 +370,8 @@ class Belief:
 
     def _turn(self, text_BF, x_BQ, weights_BQ, successes_B, samples_B):
         """Tell the drift what changed for prompts met before. x_BQ, weights_BQ: what was believed of them."""
-        failures_B = samples_B - successes_B
         ability_KB = self.ability + self._drift.shifts(text_BF)
-        log_KBQ = log_likelihood(x_BQ + ability_KB[..., None], successes_B[:, None], failures_B[:, None])
-        log_K = np.log((np.exp(log_KBQ) * weights_BQ).sum(-1)).sum(1)
+        log_K = predictive(x_BQ + ability_KB[..., None], weights_BQ, successes_B, samples_B).sum(1)
         mean_B, variance_B = moments(x_BQ, weights_BQ)
         ability_B = self.ability + self._drift.shift(text_BF)
         group = no_evidence(len(mean_B)).with_visit(successes_B, samples_B, ability_B)
@@ -360,6 +386,7 @@ class Belief:
         return {
             "ability": [self.ability, self._ability_variance],
             "spread": self._spread_log_T.copy(),
+            "keep": self._keep_log_K.copy(),
             "weight_variance": self._weight_variance,
             "information": self._information_FF.copy(),
             "vector": self._vector_F.copy(),
@@ -380,7 +407,7 @@ class Belief:
             )
         self._history.load_state_dict(state["history"])
         self.ability, self._ability_variance = state["ability"]
-        self._spread_log_T = np.array(state["spread"])
+        self._spread_log_T, self._keep_log_K = np.array(state["spread"]), np.array(state["keep"])
         self._weight_variance = state["weight_variance"]
         self._information_FF, self._vector_F = np.array(state["information"]), np.array(state["vector"])
         self._text_clock = state["text_clock"]

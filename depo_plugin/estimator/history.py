@@ -63,9 +63,8 @@ def no_evidence(count: int) -> Evidence:
 class PromptHistory:
     """The evidence of all known prompts, by prompt key."""
 
-    def __init__(self, discount: float):
-        """Start without evidence. discount: share of it that is kept per update since the prompt was last seen."""
-        self._discount = discount
+    def __init__(self):
+        """Start without evidence."""
         self._arrays = {name: np.empty((0, *shape), dtype) for name, (dtype, shape) in FIELDS.items()}
 
     def __len__(self) -> int:
@@ -76,8 +75,11 @@ class PromptHistory:
         """Size of all arrays, in bytes."""
         return sum(array.nbytes for array in self._arrays.values())
 
-    def evidence(self, keys_B: np.ndarray, now: int) -> Evidence:
-        """Return the evidence of these prompts at update `now`; zeros for an unknown prompt."""
+    def evidence(self, keys_B: np.ndarray, now: int, keep: float) -> Evidence:
+        """Return the evidence of these prompts at update `now`; zeros for an unknown prompt.
+
+        keep: share of it that is left per update since the prompt was last seen.
+        """
         if not len(self):
             return no_evidence(len(keys_B))
         at = np.minimum(np.searchsorted(self._arrays["keys"], keys_B), len(self) - 1)
@@ -86,7 +88,7 @@ class PromptHistory:
         for array in found.values():
             array[~known] = 0
         age = np.where(known, now - found["seen"], 0)
-        fade = (self._discount**age)[:, None]
+        fade = (keep**age)[:, None]
         successes, samples = fade * found["successes"], fade * found["samples"]
         return Evidence(successes, samples, found["ability"], *(found[name] for name in (*SITE, "visits")))
 

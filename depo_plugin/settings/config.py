@@ -30,6 +30,7 @@ from depo_plugin.settings.value_kinds import (
     Kind,
     choice,
     choice_or_file,
+    fit_or,
     integer,
     or_none,
 )
@@ -133,7 +134,9 @@ class HistoryConfig:
     """How a prompt's own past groups count."""
 
     kappa: float | str = setting("fit", "samples that the text counts as: fit, inf (text only), or a number", KAPPA)
-    discount: float = setting(0.998, "share of evidence kept per estimator update since a prompt was last seen", SHARE)
+    discount: float | str = setting(
+        "fit", "share of evidence kept per estimator update since a prompt was last seen", fit_or(SHARE)
+    )
     drift: bool = setting(True, "let all beliefs follow the policy's ability", SWITCH)
     prior: str | None = setting(
         None, "file of known pass rates to start from (lines of prompt, label, pass_rate, n)", or_none(FILE)

@@ -71,6 +71,13 @@ def or_none(kind: Kind) -> Kind:
     return Kind(f"{kind.allowed}, or none", read, kind.metavar, ("none",))
 
 
+def fit_or(kind: Kind) -> Kind:
+    """Return the kind that also allows the word fit."""
+    return Kind(
+        f"fit, or {kind.allowed}", lambda value: value if value == "fit" else kind.read(value), "{fit,X}", ("fit",)
+    )
+
+
 def _read_switch(value: Any) -> bool:
     _check(isinstance(value, bool))
     return value

@@ -385,6 +385,19 @@ def test_beliefs_hold_while_the_models_scores_move():
     assert errors[-1] < 0.05
 
 
+@pytest.mark.parametrize(("walk", "low", "high"), [(0.0, 0.993, 1.0), (0.3, 0.98, 0.983)])
+def test_evidence_fades_as_fast_as_the_prompts_themselves_change(walk, low, high):
+    """80 steps of 40 of 200 prompts; each prompt's x walks by this much a step."""
+    rng, belief = np.random.default_rng(0), believe(share=False)
+    x = 2 * rng.normal(size=200)
+    for now in range(80):
+        part = rng.permutation(200)[:40]
+        meet(belief, part, rate(x[part]), now, rng)
+        x = x + walk * rng.normal(size=200)
+    assert low <= belief.keep <= high
+    assert believe(discount=0.9).keep == 0.9
+
+
 # ── The ability ──
 
 

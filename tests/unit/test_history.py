@@ -21,14 +21,18 @@ def keys(*numbers):
     return np.array(numbers, np.uint64)
 
 
-def put(h, key, successes, samples, ability=0.0, now=0):
+def put(h, key, successes, samples, ability=0.0, now=0, keep=1.0):
     """Add one visit, as the belief does."""
-    h.put(keys(key), h.evidence(keys(key), now).with_visit(np.array([successes]), np.array([samples]), ability), now)
+    h.put(
+        keys(key),
+        h.evidence(keys(key), now, keep).with_visit(np.array([successes]), np.array([samples]), ability),
+        now,
+    )
 
 
-def visits(h, key, now=0):
+def visits(h, key, now=0, keep=1.0):
     """[(successes, samples, ability)] of the visits that are remembered."""
-    found = h.evidence(keys(key), now)
+    found = h.evidence(keys(key), now, keep)
     return [(s, n, at) for s, n, at in zip(found[0][0], found[1][0], found[2][0], strict=True) if n > 0]
 
 
@@ -52,29 +56,29 @@ def test_prompt_key_is_the_same_in_every_process():
 
 
 def test_what_was_never_met_is_no_evidence():
-    h = PromptHistory(0.9)
+    h = PromptHistory()
     for known in (0, 1):
         assert len(h) == known
-        found = h.evidence(keys(0, 7, 2**64 - 1), 3)
+        found = h.evidence(keys(0, 7, 2**64 - 1), 3, 0.9)
         assert all((part == 0).all() for part in found)
         assert [part.shape for part in found] == [(3, VISITS)] * 3 + [(3,)] * 5
         put(h, 8, 1, 4)
 
 
 def test_evidence_fades_by_the_updates_since_the_prompt_was_seen():
-    """Discount 0.5: 8 samples seen at update 2 are worth 2 at update 4; a new group stands beside those."""
-    h = PromptHistory(0.5)
+    """Half of it is kept: 8 samples seen at update 2 are worth 2 at update 4; a new group stands beside those."""
+    h = PromptHistory()
     put(h, 7, 4, 8, ability=0.5, now=2)
-    assert visits(h, 7, now=2) == [(4, 8, 0.5)]
-    assert visits(h, 7, now=4) == [(1, 2, 0.5)]
-    put(h, 7, 8, 8, ability=1.5, now=4)
-    assert visits(h, 7, now=4) == [(1, 2, 0.5), (8, 8, 1.5)]
-    assert visits(h, 7, now=5) == [(0.5, 1, 0.5), (4, 4, 1.5)]
+    assert visits(h, 7, now=2, keep=0.5) == [(4, 8, 0.5)]
+    assert visits(h, 7, now=4, keep=0.5) == [(1, 2, 0.5)]
+    put(h, 7, 8, 8, ability=1.5, now=4, keep=0.5)
+    assert visits(h, 7, now=4, keep=0.5) == [(1, 2, 0.5), (8, 8, 1.5)]
+    assert visits(h, 7, now=5, keep=0.5) == [(0.5, 1, 0.5), (4, 4, 1.5)]
 
 
 def test_neighbours_of_nearest_ability_become_one_visit():
     """Abilities 0, 1, 1.25, 3, then 5: the second and third are put together, at (2·1 + 6·1.25)/8."""
-    h = PromptHistory(1.0)
+    h = PromptHistory()
     for ability, successes, samples in ((0, 1, 2), (1, 2, 2), (1.25, 3, 6), (3, 4, 8), (5, 5, 8)):
         put(h, 7, successes, samples, ability)
     assert VISITS == 4
@@ -98,7 +102,7 @@ def test_nothing_is_lost_where_visits_are_put_together():
 def test_keys_in_any_order_find_their_own_evidence():
     """Against a plain dict; keys up to the largest, groups added among those that are there."""
     rng = np.random.default_rng(0)
-    h, by_hand = PromptHistory(1.0), {}
+    h, by_hand = PromptHistory(), {}
     for step in range(20):
         chosen = np.unique(rng.choice(keys(*range(60), 2**63 + 5, 2**64 - 1), 12))
         successes = rng.integers(0, 9, len(chosen)).astype(float)
@@ -106,30 +110,30 @@ def test_keys_in_any_order_find_their_own_evidence():
         by_hand |= dict(zip(chosen.tolist(), successes, strict=True))
         assert len(h) == len(by_hand)
     ask = rng.permutation(keys(*range(100), 2**64 - 1))
-    found = h.evidence(ask, 20)
+    found = h.evidence(ask, 20, 1.0)
     assert found.successes.sum(1).tolist() == [by_hand.get(key, 0) for key in ask.tolist()]
 
 
 def test_state_comes_back_and_is_a_copy():
-    h = PromptHistory(0.9)
+    h = PromptHistory()
     for step, key in enumerate((9, 2**64 - 1, 3, 9)):
         put(h, key, step + 0.5, 8, ability=0.1 * step, now=step)
     ask = keys(3, 9, 2**64 - 1, 4)
-    before, state = h.evidence(ask, 7), h.state_dict()
+    before, state = h.evidence(ask, 7, 0.9), h.state_dict()
     put(h, 9, 8, 8, now=7)
     for _ in range(2):
-        again = PromptHistory(0.9)
+        again = PromptHistory()
         again.load_state_dict(state)
         assert len(again) == 3
-        for mine, theirs in zip(before, again.evidence(ask, 7), strict=True):
+        for mine, theirs in zip(before, again.evidence(ask, 7, 0.9), strict=True):
             np.testing.assert_array_equal(mine, theirs)
         put(again, 9, 8, 8, now=7)
 
 
 def test_load_names_missing_and_unexpected_fields():
-    state = PromptHistory(1.0).state_dict()
+    state = PromptHistory().state_dict()
     state["extra"] = state.pop("seen")
-    h = PromptHistory(1.0)
+    h = PromptHistory()
     with pytest.raises(ValueError, match=r"history: .*'extra', 'seen'"):
         h.load_state_dict(state)
     assert len(h) == 0
@@ -142,7 +146,7 @@ def test_a_million_prompts_cost_less_than_100_bytes_each_and_are_found_at_once()
     known[1:][known[1:] == known[:-1]] += np.uint64(1)
     tracemalloc.start()
     try:
-        h = PromptHistory(0.99)
+        h = PromptHistory()
         for part in np.split(known, 8):
             h.put(part, no_evidence(len(part)).with_visit(np.ones(len(part)), np.full(len(part), 8.0), 0.0), 0)
         held = tracemalloc.get_traced_memory()[0]
@@ -156,8 +160,8 @@ def test_a_million_prompts_cost_less_than_100_bytes_each_and_are_found_at_once()
     asked = np.unique(np.r_[met, new])
     assert len(asked) == 64
     start = time.perf_counter()
-    found = h.evidence(asked, 1)
+    found = h.evidence(asked, 1, 0.99)
     h.put(asked, found.with_visit(np.ones(64), np.full(64, 8.0), 0.1), 1)
     assert time.perf_counter() - start < 1.0
     assert len(h) == count + 14
-    assert h.evidence(met, 1).samples.sum(1) == pytest.approx(8 * 0.99 + 8)
+    assert h.evidence(met, 1, 1.0).samples.sum(1) == pytest.approx(8 * 0.99 + 8)
