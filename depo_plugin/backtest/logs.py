@@ -7,6 +7,7 @@ Formats, one JSON object a line, plain or .gz:
     pool            {"prompt", "pass_rate", "n"?}                          met in random order; groups are drawn
 """
 
+import contextlib
 import gzip
 import json
 from collections import defaultdict
@@ -66,6 +67,15 @@ def _rows(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
+@contextlib.contextmanager
+def _checked(path: Path, number: int) -> Iterator[None]:
+    """Say which line cannot be read if a field is missing or of another kind."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise LogError(f"{path}, line {number}: {type(error).__name__} {error}. See depo backtest --help.") from None
+
+
 def _steps(path: Path, rows: Iterable[tuple[int, dict]]) -> list[list[Group]]:
     """Return the steps of an event log or of groups.jsonl, whose prompts stand in each key's first line."""
     steps: dict[int, list[Group]] = defaultdict(list)
@@ -74,15 +84,11 @@ def _steps(path: Path, rows: Iterable[tuple[int, dict]]) -> list[list[Group]]:
         key = row.get("key")
         if key is not None and "prompt" in row:
             texts[key] = str(row["prompt"]), str(row.get("label", ""))
-        try:
+        with _checked(path, number):
             prompt, label = texts[key] if key is not None else (str(row["prompt"]), str(row.get("label", "")))
             n = int(row["n"])
             k = float(row["k"] if "k" in row else row["y"] * n)
             step = int(row["step"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise LogError(
-                f"{path}, line {number}: {type(error).__name__} {error}. See depo backtest --help."
-            ) from None
         if not (n >= 1 and 0 <= k <= n):
             raise LogError(f"{path}, line {number}: k {k:g} of n {n}: k must be from 0 to n, and n at least 1.")
         if key is not None and step in steps and step != next(reversed(steps)):  # a resumed run: its steps come again
@@ -96,12 +102,8 @@ def _rollouts(path: Path, rows: Iterable[tuple[int, dict]], group_size: int) -> 
     open_groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     groups = []
     for number, row in rows:
-        try:
+        with _checked(path, number):
             key, reward = (str(row["prompt"]), str(row.get("label", ""))), float(row["reward"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise LogError(
-                f"{path}, line {number}: {type(error).__name__} {error}. See depo backtest --help."
-            ) from None
         open_groups[key].append(min(max(reward, 0.0), 1.0))
         if len(open_groups[key]) == group_size:
             groups.append(Group(*key, "", sum(open_groups.pop(key)), group_size))
@@ -115,12 +117,8 @@ def _pool(path: Path, rows: Iterable[tuple[int, dict]], group_size: int, passes:
     """
     pool = []
     for number, row in rows:
-        try:
+        with _checked(path, number):
             prompt, rate = str(row["prompt"]), float(row["pass_rate"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise LogError(
-                f"{path}, line {number}: {type(error).__name__} {error}. See depo backtest --help."
-            ) from None
         if not 0 <= rate <= 1:
             raise LogError(f"{path}, line {number}: pass_rate {rate:g} must be from 0 to 1.")
         pool.append((prompt, str(row.get("label", "")), str(row.get("source", "")), rate))

@@ -8,8 +8,7 @@ w: the weights of the features, from a Bayesian linear regression.
 r_i ~ N(0, τ²): the part that only the prompt's own groups reveal. τ² is fitted; κ expresses it as a number of samples.
 
 The square: a response is right only if two things go right, so a hard prompt is nearer to hopeless than its odds say,
-and after a group that is all wrong the next one is too, more often than with σ(x). On three real logs the square is
-likelier than σ(x) in every quarter (benchmarks/RESULTS.md).
+and after a group that is all wrong the next one is too, more often than with σ(x). Real logs show it (RESULTS.md).
 
 A group with k of n right responses multiplies a prompt's belief by p^k (1 − p)^(n−k) at the x of its own time, so old
 evidence follows the policy as it improves. predict() returns Beta distributions of equal moments.
