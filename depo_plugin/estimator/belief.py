@@ -180,13 +180,16 @@ class Belief:
         """Number of columns that text_BF must have."""
         return len(self._center_F) - 2
 
-    def narrowed(self, logit):
-        """Return a shift of the mean logit, converted to a shift of the mean pass rate's logit (see _features)."""
-        return logit / math.sqrt(1 + math.pi * self.spread / 8)
+    def narrowed(self, x):
+        """Return about what a shift of x is as a shift of the mean pass rate's logit (see _features).
+
+        The square is left out: it would double the shift of hard prompts. Tried, it changed nothing (tiny_log).
+        """
+        return x / math.sqrt(1 + math.pi * self.spread / 8)
 
     @property
     def spread(self) -> float:
-        """τ², the variance of the part of a prompt's logit that the text does not predict."""
+        """τ², the variance of the part of a prompt's x that the text does not predict."""
         if self._fixed_spread is not None:
             return self._fixed_spread
         log_T = self._spread_log_T - 0.5 * (np.log(SPREADS_T / SPREAD_START) / SPREAD_DOUBT) ** 2
@@ -262,12 +265,13 @@ class Belief:
     # ── The text ──
 
     def _features(self, s_B, text_BF):
-        """Return the features [score logit, 1, embedding], with the score converted to a mean logit.
+        """Return the features [score, 1, embedding], with the score as the mean of x.
 
-        A score is the logit of a mean pass rate: E[σ(x)] of x ~ N(m, τ²) is about σ(m / √(1 + πτ²/8)) (MacKay 1992).
+        A score is the logit of a mean pass rate. Widened by √(1 + πτ²/8) it is about the logit of the median one:
+        E[σ(z)] of z ~ N(m, τ²) is about σ(m / √(1 + πτ²/8)) (MacKay 1992).
         """
-        widened_B = log_odds(sigmoid(np.asarray(s_B, np.float64) / self.narrowed(1.0)))
-        return np.c_[widened_B, np.ones(len(widened_B)), np.asarray(text_BF, np.float64)]
+        center_B = log_odds(sigmoid(np.asarray(s_B, np.float64) / self.narrowed(1.0)))
+        return np.c_[center_B, np.ones(len(center_B)), np.asarray(text_BF, np.float64)]
 
     def _text(self, features_BF, known: Evidence):
         """Return mean_B and variance_B of w·φ, learned from all prompts except the prompt itself.
@@ -321,13 +325,13 @@ class Belief:
     def _fit_spread(self, mean_B, variance_B, successes_B, samples_B):
         """Add the likelihood of new prompts' first groups under each candidate for τ², given the text's prediction.
 
-        Σ_B log ∫ N(x; mean, variance + τ²) σ(x + θ)^k σ(−x − θ)^(n−k) dx. Prompts that are met again are left out: the
-        filter kept them because of what it knew about their r, so they would make τ² too small.
+        Σ_B log ∫ N(x; mean, variance + τ²) p^k (1 − p)^(n−k) dx at p = σ(x)²; mean_B includes the ability. Prompts that
+        are met again are left out: the filter kept them because of what it knew about their r.
         """
         weights_Q = np.exp(-0.5 * SPREAD_NODES**2)
         width_TB = np.sqrt(variance_B + SPREADS_T[:, None])
-        logit_TBQ = mean_B[:, None] + width_TB[..., None] * SPREAD_NODES
-        log_TBQ = log_likelihood(logit_TBQ, successes_B[:, None], (samples_B - successes_B)[:, None])
+        x_TBQ = mean_B[:, None] + width_TB[..., None] * SPREAD_NODES
+        log_TBQ = log_likelihood(x_TBQ, successes_B[:, None], (samples_B - successes_B)[:, None])
         likelihood_TB = np.exp(log_TBQ) @ (weights_Q / weights_Q.sum())
         self._spread_log_T *= SPREAD_KEPT ** len(mean_B)
         self._spread_log_T += np.log(np.maximum(likelihood_TB, 1e-300)).sum(1)
