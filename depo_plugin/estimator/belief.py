@@ -325,7 +325,7 @@ class Belief:
     def _fit_spread(self, mean_B, variance_B, successes_B, samples_B):
         """Add the likelihood of new prompts' first groups under each candidate for τ², given the text's prediction.
 
-        Σ_B log ∫ N(x; mean, variance + τ²) p^k (1 − p)^(n−k) dx at p = σ(x)²; mean_B includes the ability. Prompts that
+        Σ_B log ∫ N(x; mean, variance + τ²) p^k (1 − p)^(n−k) dx, p = σ(x)²; mean_B includes the ability. Prompts that
         are met again are left out: the filter kept them because of what it knew about their r.
         """
         weights_Q = np.exp(-0.5 * SPREAD_NODES**2)
