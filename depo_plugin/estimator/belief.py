@@ -13,7 +13,7 @@ and after a group that is all wrong the next one is too, more often than with σ
 A group with k of n right responses multiplies a prompt's belief by p^k (1 − p)^(n−k) at the x of its own time, so old
 evidence follows the policy as it improves. predict() returns Beta distributions of equal moments.
 Sources: item-response (Rasch) model; assumed-density filtering (Opper 1998) with the sites of expectation propagation
-(Minka 2001); τ² by its marginal likelihood, the weights' prior by expectation maximisation.
+(Minka 2001); τ² by its marginal likelihood, and so the weights' prior, on grids.
 
 Suffixes: B = prompts of one call, F = features, V = visits, Q = quadrature nodes, T = candidates for τ², K = for the
 drift, D = candidate shifts of the ability.
@@ -30,17 +30,15 @@ from depo_plugin.settings.config import HistoryConfig
 NODES = np.linspace(-6.0, 6.0, 41)  # of the quadrature, in the posterior's standard deviations
 SPREADS_T = np.geomspace(0.02, 200.0, 25)  # candidates for τ²
 SPREAD_START, SPREAD_DOUBT = 2.5, 1.5  # before the first group: the mean of log τ², as τ², and its standard deviation
-SPREAD_KEPT = 0.9997  # share of the candidates' log-likelihood kept per new prompt: τ² follows about the last 3000
-SPREAD_NODES = np.linspace(-6.0, 6.0, 121)  # of the quadrature over x, in standard deviations
+FIRST_KEPT = 0.9997  # share of the candidates' log-likelihood kept per new prompt: the last 3000 count
+FIRST_NODES = np.linspace(-6.0, 6.0, 121)  # of the quadrature over the x of new prompts, in standard deviations
 KAPPA_RANGE = (1e-6, 200.0)  # of τ² for a fixed kappa
 ABILITY_START = 4.0  # variance of the ability before the first group
 ABILITY_STEP = 0.05**2  # variance of its random walk, per update
 JUMP_CHANCE, JUMP = 0.01, 1.5**2  # chance of a jump per update, and the jump's variance
 SCALE = 0.5**2  # prior variance of the score logit's weight; its prior mean is 1
 BIAS = 1.0  # prior variance of the constant's weight
-WEIGHT_START = 1.5**2  # first prior variance of the embedding's weights; it is fitted
-WEIGHT_RANGE = (0.05, 50.0)
-WEIGHT_RATE = 0.3  # each update moves the prior variance by this share of its distance to the estimate
+WEIGHTS_K = np.array([0.5, 2.0, 8.0, 32.0])  # candidates for the prior variance of the embedding's weights
 TEXT_KEPT = 0.998  # share of the evidence about w kept per batch of new prompts
 KEEPS_K = np.array([1.0, 0.998, 0.995, 0.99, 0.98])  # candidates for the share of a prompt's evidence kept per update
 KEEP_PRIOR_K = np.array([3, 4, 2, 1, 1]) / 11
@@ -138,6 +136,13 @@ def predictive(x_BQ, weights_BQ, successes_B, samples_B) -> np.ndarray:
     return top_B + np.log((weights_BQ * np.exp(log_BQ - top_B[..., None])).sum(-1))
 
 
+def first_groups(mean_B, variance_B, successes_B, samples_B) -> np.ndarray:
+    """Return log ∫ N(x; mean, variance) p^k (1 − p)^(n−k) dx, p = pass_rate(x); variance_B may be (T, B)."""
+    weights_Q = np.exp(-0.5 * FIRST_NODES**2)
+    x_BQ = mean_B[..., None] + np.sqrt(variance_B)[..., None] * FIRST_NODES
+    return predictive(x_BQ, weights_Q / weights_Q.sum(), successes_B, samples_B)
+
+
 def beta_of(p_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return a_B, b_B of the Beta distributions with the mean and variance of the weighted pass rates p_BQ."""
     mean_B, variance_B = moments(p_BQ, weights_BQ)
@@ -165,7 +170,7 @@ class Belief:
         self._keep_log_K = np.zeros(len(KEEPS_K))  # log-likelihood of each candidate for keep
         # Columns: the score logit, a constant, the embedding. Only with cfg.share are their weights learned.
         self._center_F = np.r_[1.0, 0.0, np.zeros(features)]
-        self._weight_variance = WEIGHT_START
+        self._weight_log_K = np.zeros(len(WEIGHTS_K))  # log-likelihood of each candidate for the weights' variance
         self._information_FF = np.zeros((features + 2, features + 2))
         self._vector_F = np.zeros(features + 2)
         self._text_clock = 0.0  # batches of new prompts so far
@@ -255,6 +260,8 @@ class Belief:
         new_B = before.samples.sum(1) == 0
         self._fit_spread((mean_B + ability_B)[new_B], variance_B[new_B], successes_B[new_B], samples_B[new_B])
         if self._cfg.share and new_B.any():
+            if self.features:
+                self._fit_weights(features_BF[new_B], ability_B[new_B], successes_B[new_B], samples_B[new_B])
             precision_B = 1 / (1 / site_precision_B + self.spread)
             self._learn_text(features_BF[new_B], site_mean_B[new_B], precision_B[new_B], float(new_B.mean()))
             added = site_mean_B, precision_B, features_BF[:, 0], np.full(len(keys_B), self._text_clock)
@@ -298,10 +305,6 @@ class Belief:
         A prompt that is met again adds nothing. The filter kept it because of its earlier groups, so it says little
         about prompts that were never met. When all groups counted, the text's R² fell from 0.6 to 0.2 in a replay.
         """
-        if features_BF.shape[1] > 2:
-            estimate = np.mean(self._weights_F[2:] ** 2 + np.diag(self._covariance_FF)[2:])
-            moved = self._weight_variance + WEIGHT_RATE * (estimate - self._weight_variance)
-            self._weight_variance = float(np.clip(moved, *WEIGHT_RANGE))
         self._text_clock += share
         self._information_FF *= TEXT_KEPT**share
         self._vector_F *= TEXT_KEPT**share
@@ -311,10 +314,29 @@ class Belief:
 
     def _solve(self):
         """Compute the weights' mean and covariance from their prior and the sites added so far."""
-        prior_F = np.full(len(self._center_F), 1 / self._weight_variance)
+        self._weights_F, self._covariance_FF = self._weights(self.weight_variance)
+
+    def _weights(self, variance: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weights' mean and covariance if the prior variance of the embedding's weights is this."""
+        prior_F = np.full(len(self._center_F), 1 / variance)
         prior_F[:2] = 1 / SCALE, 1 / BIAS
-        self._covariance_FF = np.linalg.inv(self._information_FF + np.diag(prior_F))
-        self._weights_F = self._covariance_FF @ (self._vector_F + prior_F * self._center_F)
+        covariance_FF = np.linalg.inv(self._information_FF + np.diag(prior_F))
+        return covariance_FF @ (self._vector_F + prior_F * self._center_F), covariance_FF
+
+    @property
+    def weight_variance(self) -> float:
+        """The prior variance of the embedding's weights."""
+        weights_K = np.exp(self._weight_log_K - self._weight_log_K.max())
+        return float(np.exp(weights_K @ np.log(WEIGHTS_K) / weights_K.sum()))
+
+    def _fit_weights(self, features_BF, ability_B, successes_B, samples_B):
+        """Add the likelihood of new prompts' first groups under each candidate for the weights' variance."""
+        self._weight_log_K *= FIRST_KEPT ** len(features_BF)
+        for k, variance in enumerate(WEIGHTS_K):
+            weights_F, covariance_FF = self._weights(variance)
+            variance_B = np.einsum("bf,bf->b", features_BF @ covariance_FF, features_BF) + self.spread
+            mean_B = features_BF @ weights_F + ability_B
+            self._weight_log_K[k] += first_groups(mean_B, variance_B, successes_B, samples_B).sum()
 
     # ── The prompts ──
 
@@ -325,16 +347,11 @@ class Belief:
     def _fit_spread(self, mean_B, variance_B, successes_B, samples_B):
         """Add the likelihood of new prompts' first groups under each candidate for τ², given the text's prediction.
 
-        Σ_B log ∫ N(x; mean, variance + τ²) p^k (1 − p)^(n−k) dx, p = σ(x)²; mean_B includes the ability. Prompts that
-        are met again are left out: the filter kept them because of what it knew about their r.
+        mean_B includes the ability. Prompts that are met again are left out: the filter kept them because of what it
+        knew about their r.
         """
-        weights_Q = np.exp(-0.5 * SPREAD_NODES**2)
-        width_TB = np.sqrt(variance_B + SPREADS_T[:, None])
-        x_TBQ = mean_B[:, None] + width_TB[..., None] * SPREAD_NODES
-        log_TBQ = log_likelihood(x_TBQ, successes_B[:, None], (samples_B - successes_B)[:, None])
-        likelihood_TB = np.exp(log_TBQ) @ (weights_Q / weights_Q.sum())
-        self._spread_log_T *= SPREAD_KEPT ** len(mean_B)
-        self._spread_log_T += np.log(np.maximum(likelihood_TB, 1e-300)).sum(1)
+        self._spread_log_T *= FIRST_KEPT ** len(mean_B)
+        self._spread_log_T += first_groups(mean_B, variance_B + SPREADS_T[:, None], successes_B, samples_B).sum(1)
 
     def _fit_keep(self, keys_B, mean_B, variance_B, ability_B, successes_B, samples_B, now):
         """Weigh the candidates for keep by how likely they make these groups, given the prompts' earlier ones."""
@@ -390,7 +407,7 @@ class Belief:
             "ability": [self.ability, self._ability_variance],
             "spread": self._spread_log_T.copy(),
             "keep": self._keep_log_K.copy(),
-            "weight_variance": self._weight_variance,
+            "weight_variance": self._weight_log_K.copy(),
             "information": self._information_FF.copy(),
             "vector": self._vector_F.copy(),
             "text_clock": self._text_clock,
@@ -411,7 +428,7 @@ class Belief:
         self._history.load_state_dict(state["history"])
         self.ability, self._ability_variance = state["ability"]
         self._spread_log_T, self._keep_log_K = np.array(state["spread"]), np.array(state["keep"])
-        self._weight_variance = state["weight_variance"]
+        self._weight_log_K = np.array(state["weight_variance"])
         self._information_FF, self._vector_F = np.array(state["information"]), np.array(state["vector"])
         self._text_clock = state["text_clock"]
         self._drift.load_state_dict(state["drift"])

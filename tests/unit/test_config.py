@@ -142,7 +142,9 @@ def test_every_flag_is_read():
         "history.share": ("false", False),
     }
     assert list(argv) == list(config.SETTINGS)
-    words = [word for key, (text, _) in argv.items() for word in (f"--depo.{key}", *text.split())]
+    words = []
+    for key, (text, _) in argv.items():
+        words += [f"--depo.{key}", *(text.split() if key == "labels.reward_range" else [text])]
     for ns in parse(*words):
         cfg = load_config(None, config.overrides_from_namespace(ns))
         for key, (_, value) in argv.items():
