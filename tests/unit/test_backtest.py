@@ -226,6 +226,7 @@ def test_the_history_alone_learns_a_prompts_rate():
 # ── The command ──
 
 
+@pytest.mark.slow
 def test_the_command_judges_a_real_log(tmp_path, capsys):
     encoder = tiny_encoder.write(tmp_path / "encoder")
     argv = ["backtest", str(LOG), "--out", str(tmp_path / "out"), "--json", str(tmp_path / "out.json")]

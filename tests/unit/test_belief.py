@@ -132,6 +132,7 @@ ERRORS = {  # by prior variance: in exact standard deviations, of the exact vari
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance", ERRORS)
 def test_posterior_and_its_beta_are_those_of_brute_force(variance):
     """No evidence, all right, all wrong, fractions, up to 500 samples and prior means of pass rates of 1e-6.
@@ -363,6 +364,7 @@ def stream(belief, seed, epochs=3, spread=1.5, step=0.01, scored=0.0):
     return *np.transpose(found), least
 
 
+@pytest.mark.slow
 def test_beliefs_are_as_sure_as_they_may_be():
     """On data from the model, squared errors are what the beliefs' variances say, at first and at later visits, each
     pass knows more, and what is shared helps already in the first. Measured over these 4 pools: 0.98, 1.07, 0.99 of
@@ -453,6 +455,7 @@ def test_the_ability_comes_back_from_a_start_without_a_single_success(steps, aga
     assert rates(belief, [1 if again else 10**6], now=now + 1) == pytest.approx(0.5, abs=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "later", [np.full(5, 1.5), np.full(5, -1.5), 0.02 * np.arange(1, 41)], ids=["jump", "jump down", "slow drift"]
 )

@@ -256,6 +256,7 @@ assert set(found) <= {1, 2} and len(found) == 20, found
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_costs_the_new_state_alone(tmp_path):
     """kill -9 after each flush, and at 20 moments of saves of 16 MB: a whole state of the tag is read."""
     at = tmp_path / "global_step1"

@@ -123,6 +123,7 @@ def test_processes_that_begin_at_once_share_one_file(tmp_path):
     assert assert_whole(tmp_path) == 1000
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_whole_rows(tmp_path):
     """kill -9 of one of two writers, at twelve moments: the other one ends as if nothing had been."""
     exits = []

@@ -108,6 +108,7 @@ def test_groups_are_those_of_training(tmp_path):
     assert launch.groups_of(tmp_path, Letters()) == [launch.Group(56, False), launch.Group(56, True)]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     """Nor is it lost if another one is made; a row of other settings counts as missing."""
     size = proof.SIZES["ladder"][8]

@@ -181,6 +181,7 @@ def test_pool_file_averages_repeated_prompts(tmp_path):
     assert (prompts, rates.tolist(), merged) == (["a", "b"], [0.75, 0.0], 1)
 
 
+@pytest.mark.slow
 def test_pool_file_from_the_command_line(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 5))
@@ -488,6 +489,7 @@ def test_random_keeps_the_given_rate():
     assert played.row["mae_true"] is None
 
 
+@pytest.mark.slow
 def test_methods_in_a_small_world_stand_in_order():
     bench = judge.Bench(make_pool(), 4, 0)
     names = ("grpo", "dynamic", "history_only", "mopps", "dps", "ideal", "oracle")

@@ -385,6 +385,7 @@ IMAGES = """() => [...document.querySelectorAll("picture img")].map(image => {
 })"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1], ids=["one run", "two runs"])
 @pytest.mark.parametrize("size", [(390, 844), (1280, 900)], ids=["phone", "desktop"])
 def test_the_page_in_a_browser(browser, pages, which, size):
