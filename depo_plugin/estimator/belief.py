@@ -7,16 +7,13 @@
 w: the weights of the features, from a Bayesian linear regression.
 r_i ~ N(0, τ²): the part that only the prompt's own groups reveal. τ² is fitted; κ expresses it as a number of samples.
 
-The square: a response is right only if two things go right, so a hard prompt is nearer to hopeless than its odds say,
-and after a group that is all wrong the next one is too, more often than with σ(x). Real logs show it (RESULTS.md).
-
 A group with k of n right responses multiplies a prompt's belief by p^k (1 − p)^(n−k) at the x of its own time, so old
 evidence follows the policy as it improves. predict() returns Beta distributions of equal moments.
 Sources: item-response (Rasch) model; assumed-density filtering (Opper 1998) with the sites of expectation propagation
 (Minka 2001); τ² by its marginal likelihood, and so the weights' prior, on grids.
 
-Suffixes: B = prompts of one call, F = features, V = visits, Q = quadrature nodes, T = candidates for τ², K = for the
-drift, D = candidate shifts of the ability.
+Suffixes: B = prompts of one call, F = features, Q = quadrature nodes, D = candidate shifts of the ability, K and T =
+candidates for a constant.
 """
 
 import math
@@ -24,15 +21,26 @@ import math
 import numpy as np
 
 from depo_plugin.estimator.drift import TextDrift
-from depo_plugin.estimator.history import SITE, VISITS, Evidence, PromptHistory, no_evidence
+from depo_plugin.estimator.history import SITE, Evidence, PromptHistory, no_evidence
+from depo_plugin.estimator.item_response import (
+    beta_of,
+    first_groups,
+    kappa_of,
+    likeliest,
+    log_odds,
+    moments,
+    pass_rate,
+    posterior,
+    predictive,
+    sigmoid,
+    site,
+    spread_of,
+)
 from depo_plugin.settings.config import HistoryConfig
 
-NODES = np.linspace(-6.0, 6.0, 41)  # of the quadrature, in the posterior's standard deviations
 SPREADS_T = np.geomspace(0.02, 200.0, 25)  # candidates for τ²
 SPREAD_START, SPREAD_DOUBT = 2.5, 1.5  # before the first group: the mean of log τ², as τ², and its standard deviation
 FIRST_KEPT = 0.9997  # share of the candidates' log-likelihood kept per new prompt: the last 3000 count
-FIRST_NODES = np.linspace(-6.0, 6.0, 121)  # of the quadrature over the x of new prompts, in standard deviations
-KAPPA_RANGE = (1e-6, 200.0)  # of τ² for a fixed kappa
 ABILITY_START = 4.0  # variance of the ability before the first group
 ABILITY_STEP = 0.05**2  # variance of its random walk, per update
 JUMP_CHANCE, JUMP = 0.01, 1.5**2  # chance of a jump per update, and the jump's variance
@@ -43,111 +51,7 @@ TEXT_KEPT = 0.998  # share of the evidence about w kept per batch of new prompts
 KEEPS_K = np.array([1.0, 0.998, 0.995, 0.99, 0.98])  # candidates for the share of a prompt's evidence kept per update
 KEEP_PRIOR_K = np.array([3, 4, 2, 1, 1]) / 11
 KEEP_KEPT = 0.98  # share of their log-likelihood kept per update
-PRECISION_MIN = 1e-4
 CAVITY_MIN = 1e-4  # smallest share of a variance that may remain: rounding must not make it negative
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """Return 1 / (1 + exp(−x)) without overflow."""
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
-
-def pass_rate(x: np.ndarray) -> np.ndarray:
-    """Return the pass rate σ(x)² of a prompt whose ability less difficulty is x."""
-    return sigmoid(x) ** 2
-
-
-def log_odds(p: np.ndarray | float) -> np.ndarray:
-    """Return the x of a pass rate: the inverse of pass_rate(). p in (0, 1)."""
-    root = np.sqrt(p)
-    return np.log(root) - np.log1p(-root)
-
-
-def kappa_of(spread: float) -> float:
-    """Return κ for τ²: a + b of the Beta distribution with the pass rate's mean and variance, x ~ N(x(1/2), τ²)."""
-    weights = np.exp(-0.5 * NODES**2)
-    p = pass_rate(log_odds(0.5) + math.sqrt(spread) * NODES)
-    mean = np.average(p, weights=weights)
-    return float(mean * (1 - mean) / np.average((p - mean) ** 2, weights=weights) - 1)
-
-
-def spread_of(kappa: float) -> float:
-    """Return the τ² for which kappa_of() is `kappa`, by bisection within KAPPA_RANGE."""
-    low, high = KAPPA_RANGE
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if kappa_of(middle) > kappa else (low, middle)
-    return middle
-
-
-def log_likelihood(x: np.ndarray, successes: np.ndarray, failures: np.ndarray) -> np.ndarray:
-    """Return successes·log p + failures·log(1 − p), p = pass_rate(x). Counts may be fractional; all broadcast."""
-    right = -2 * np.logaddexp(0.0, -x)
-    return successes * right + failures * (np.log1p(sigmoid(x)) - np.logaddexp(0.0, x))
-
-
-def slopes(x: np.ndarray, successes: np.ndarray, failures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first derivative of log_likelihood() by x, and minus the second, which is never negative."""
-    s = sigmoid(x)
-    slope = 2 * successes * (1 - s) - 2 * failures * s**2 / (1 + s)
-    return slope, s * (1 - s) * (2 * successes + failures * (4 * s + 2 * s**2) / (1 + s) ** 2)
-
-
-def posterior(mean_B, variance_B, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes x_BQ and weights_BQ (rows sum to 1) of each prompt's x, given N(mean, variance) and its evidence.
-
-    The density is log-concave: Newton's method finds its mode. The nodes cover six standard deviations on each side.
-    """
-    precision_B = 1 / variance_B
-    failures_BV = evidence.samples - evidence.successes
-    mode_B = mean_B.copy()
-    for _ in range(25):  # enough steps of at most 2 to get from any score logit to any mode
-        slope_BV, curvature_BV = slopes(mode_B[:, None] + evidence.ability, evidence.successes, failures_BV)
-        slope_B = slope_BV.sum(1) - (mode_B - mean_B) * precision_B
-        mode_B = mode_B + np.clip(slope_B / (curvature_BV.sum(1) + precision_B), -2.0, 2.0)
-    curvature_BV = slopes(mode_B[:, None] + evidence.ability, evidence.successes, failures_BV)[1]
-    width_B = 1 / np.sqrt(curvature_BV.sum(1) + precision_B)
-    x_BQ = mode_B[:, None] + width_B[:, None] * NODES
-    log_BQ = -0.5 * precision_B[:, None] * (x_BQ - mean_B[:, None]) ** 2
-    for visit in range(VISITS):
-        successes, samples, ability = (x[:, visit, None] for x in evidence[:3])
-        log_BQ += log_likelihood(x_BQ + ability, successes, samples - successes)
-    weights_BQ = np.exp(log_BQ - log_BQ.max(1, keepdims=True))
-    return x_BQ, weights_BQ / weights_BQ.sum(1, keepdims=True)
-
-
-def moments(x_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean_B and variance_B of weighted nodes."""
-    mean_B = (weights_BQ * x_BQ).sum(1)
-    return mean_B, (weights_BQ * (x_BQ - mean_B[:, None]) ** 2).sum(1)
-
-
-def site(mean_B, variance_B, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean_B and precision_B of the normal factor over x nearest to the evidence, if x is N(mean, variance)."""
-    found_B, left_B = moments(*posterior(mean_B, variance_B, evidence))
-    precision_B = np.maximum(1 / left_B - 1 / variance_B, PRECISION_MIN)
-    return (found_B / left_B - mean_B / variance_B) / precision_B, precision_B
-
-
-def predictive(x_BQ, weights_BQ, successes_B, samples_B) -> np.ndarray:
-    """Return log Σ_Q weights p^k (1 − p)^(n−k), the log-likelihood of each prompt's group; x_BQ may be (K, B, Q)."""
-    log_BQ = log_likelihood(x_BQ, successes_B[:, None], (samples_B - successes_B)[:, None])
-    top_B = log_BQ.max(-1)
-    return top_B + np.log((weights_BQ * np.exp(log_BQ - top_B[..., None])).sum(-1))
-
-
-def first_groups(mean_B, variance_B, successes_B, samples_B) -> np.ndarray:
-    """Return log ∫ N(x; mean, variance) p^k (1 − p)^(n−k) dx, p = pass_rate(x); variance_B may be (T, B)."""
-    weights_Q = np.exp(-0.5 * FIRST_NODES**2)
-    x_BQ = mean_B[..., None] + np.sqrt(variance_B)[..., None] * FIRST_NODES
-    return predictive(x_BQ, weights_Q / weights_Q.sum(), successes_B, samples_B)
-
-
-def beta_of(p_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a_B, b_B of the Beta distributions with the mean and variance of the weighted pass rates p_BQ."""
-    mean_B, variance_B = moments(p_BQ, weights_BQ)
-    total_B = np.clip(mean_B * (1 - mean_B) / np.maximum(variance_B, 1e-12) - 1, 1e-3, 1e6)
-    return mean_B * total_B, (1 - mean_B) * total_B
 
 
 def _with_score(features_BF, score_B):
@@ -197,17 +101,15 @@ class Belief:
         """τ², the variance of the part of a prompt's x that the text does not predict."""
         if self._fixed_spread is not None:
             return self._fixed_spread
-        log_T = self._spread_log_T - 0.5 * (np.log(SPREADS_T / SPREAD_START) / SPREAD_DOUBT) ** 2
-        weights_T = np.exp(log_T - log_T.max())
-        return float(np.exp(weights_T @ np.log(SPREADS_T) / weights_T.sum()))
+        doubt_T = np.log(SPREADS_T / SPREAD_START) / SPREAD_DOUBT
+        return likeliest(SPREADS_T, self._spread_log_T - 0.5 * doubt_T**2)
 
     @property
     def keep(self) -> float:
         """The share of a prompt's evidence that is left per update since it was last seen."""
         if self._cfg.discount != "fit":
             return float(self._cfg.discount)
-        weights_K = KEEP_PRIOR_K * np.exp(self._keep_log_K - self._keep_log_K.max())
-        return float(np.exp(weights_K @ np.log(KEEPS_K) / weights_K.sum()))
+        return likeliest(KEEPS_K, self._keep_log_K + np.log(KEEP_PRIOR_K))
 
     @property
     def kappa(self) -> float:
@@ -253,7 +155,7 @@ class Belief:
                 parts = (part[known_B] for part in (text_BF, x_BQ, weights_BQ, successes_B, samples_B))
                 self._turn(*parts)
         ability_B = self.ability + self._drift.shift(text_BF)
-        if self._cfg.discount == "fit":
+        if self._cfg.discount == "fit" and self._cfg.kappa != "inf":
             self._fit_keep(keys_B, mean_B, variance_B, ability_B, successes_B, samples_B, now)
         after = before.with_visit(successes_B, samples_B, ability_B)._replace(visits=before.visits + visited)
         site_mean_B, site_precision_B = site(mean_B, variance_B + self.spread, after)
@@ -326,8 +228,7 @@ class Belief:
     @property
     def weight_variance(self) -> float:
         """The prior variance of the embedding's weights."""
-        weights_K = np.exp(self._weight_log_K - self._weight_log_K.max())
-        return float(np.exp(weights_K @ np.log(WEIGHTS_K) / weights_K.sum()))
+        return likeliest(WEIGHTS_K, self._weight_log_K)
 
     def _fit_weights(self, features_BF, ability_B, successes_B, samples_B):
         """Add the likelihood of new prompts' first groups under each candidate for the weights' variance."""
@@ -357,11 +258,9 @@ class Belief:
         """Weigh the candidates for keep by how likely they make these groups, given the prompts' earlier ones."""
         self._keep_log_K *= KEEP_KEPT
         for k, keep in enumerate(KEEPS_K):
-            x_BQ, weights_BQ = posterior(
-                mean_B, variance_B + self.spread, self._own(self._history.evidence(keys_B, now, keep))
-            )
-            x_BQ = x_BQ + ability_B[:, None]
-            self._keep_log_K[k] += predictive(x_BQ, weights_BQ, successes_B, samples_B).sum()
+            x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._history.evidence(keys_B, now, keep))
+            log_B = predictive(x_BQ + ability_B[:, None], weights_BQ, successes_B, samples_B)
+            self._keep_log_K[k] += log_B.sum()
 
     # ── The ability ──
 

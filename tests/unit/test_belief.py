@@ -11,8 +11,9 @@ from tiny_encoder import assert_same_state
 
 from depo_plugin.estimator import belief as belief_module
 from depo_plugin.estimator import checkpoint
-from depo_plugin.estimator.belief import (
-    Belief,
+from depo_plugin.estimator.belief import Belief
+from depo_plugin.estimator.history import no_evidence
+from depo_plugin.estimator.item_response import (
     beta_of,
     kappa_of,
     log_odds,
@@ -22,7 +23,6 @@ from depo_plugin.estimator.belief import (
     slopes,
     spread_of,
 )
-from depo_plugin.estimator.history import no_evidence
 from depo_plugin.filter import signal_probability
 from depo_plugin.settings.config import HistoryConfig
 
