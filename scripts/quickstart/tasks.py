@@ -106,7 +106,7 @@ def level_rows(level: Level, count: int, rng: random.Random, *, evaluation: bool
         rows[prompt] = {"input": prompt, "label": level.answer(operands), "datasource": level.name}
     if len(rows) < count:
         split = "eval" if evaluation else "train"
-        raise ValueError(f"{level.name} has {len(rows)} {split} problems, {count} wanted: ask for fewer.")
+        raise ValueError(f"{level.name} has {len(rows)} {split} problems, {count} wanted: lower --{split}.")
     return list(rows.values())
 
 

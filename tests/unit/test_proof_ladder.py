@@ -16,9 +16,8 @@ MEGABYTE = 1 << 20
 
 @pytest.fixture(scope="module")
 def train_rows():
-    return tasks.make_split(
-        24 * 300, 0, evaluation=False, levels=ladder.LEVELS
-    )  # 300 a level, for 225 steps of 32 prompts
+    count = 24 * 300  # 300 a level, for 225 steps of 32 prompts
+    return tasks.make_split(count, 0, evaluation=False, levels=ladder.LEVELS)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +142,7 @@ def test_write_data_is_deterministic_and_evaluation_does_not_depend_on_the_seed(
 
 def test_too_many_problems_are_an_error_that_names_the_level():
     division = next(level for level in ladder.LEVELS if level.name == "div-2by1digit")
-    with pytest.raises(ValueError, match=r"div-2by1digit has \d+ eval problems, 90 wanted: ask for fewer"):
+    with pytest.raises(ValueError, match=r"div-2by1digit has \d+ eval problems, 90 wanted: lower --eval"):
         tasks.level_rows(division, 90, random.Random(0), evaluation=True)
 
 

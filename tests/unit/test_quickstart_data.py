@@ -85,7 +85,7 @@ def test_levels_tell_their_operands_digits(train_rows):
 
 
 def test_too_many_problems_asked_for_is_an_error_that_names_level_and_flag():
-    with pytest.raises(ValueError, match=r"add-2by1digit has \d+ eval problems, 100 wanted: ask for fewer"):
+    with pytest.raises(ValueError, match=r"add-2by1digit has \d+ eval problems, 100 wanted: lower --eval"):
         tasks.make_split(1000, 0, evaluation=True)
 
 
