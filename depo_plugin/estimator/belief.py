@@ -32,6 +32,7 @@ from depo_plugin.estimator.item_response import (
     pass_rate,
     posterior,
     predictive,
+    shares,
     sigmoid,
     site,
     spread_of,
@@ -144,31 +145,33 @@ class Belief:
         if self._cfg.kappa == "inf" and not (self._cfg.share or self._cfg.drift):  # as in the paper: only text counts
             self._history.put(keys_B, before._replace(visits=before.visits + visited), now)
             return
+        new_B = before.samples.sum(1) == 0
+        known_B = self._own(before).samples.sum(1) > 0  # none if kappa is inf
         mean_B, variance_B = self._text(features_BF, before)
         text_BF = features_BF[:, 2:]
         if self._cfg.drift:
             x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(before))
             self._follow(x_BQ + self._drift.shift(text_BF)[:, None], weights_BQ, successes_B, samples_B)
             self._drift.walk()
-            known_B = self._own(before).samples.sum(1) > 0
             if known_B.any() and self.features:
                 parts = (part[known_B] for part in (text_BF, x_BQ, weights_BQ, successes_B, samples_B))
                 self._turn(*parts)
         ability_B = self.ability + self._drift.shift(text_BF)
-        if self._cfg.discount == "fit" and self._cfg.kappa != "inf":
-            self._fit_keep(keys_B, mean_B, variance_B, ability_B, successes_B, samples_B, now)
+        if self._cfg.discount == "fit" and known_B.any():
+            told = (keys_B, mean_B, variance_B, ability_B, successes_B, samples_B)
+            self._fit_keep(now, *(part[known_B] for part in told))
         after = before.with_visit(successes_B, samples_B, ability_B)._replace(visits=before.visits + visited)
         site_mean_B, site_precision_B = site(mean_B, variance_B + self.spread, after)
-        new_B = before.samples.sum(1) == 0
         self._fit_spread((mean_B + ability_B)[new_B], variance_B[new_B], successes_B[new_B], samples_B[new_B])
         if self._cfg.share and new_B.any():
             if self.features:
                 self._fit_weights(features_BF[new_B], ability_B[new_B], successes_B[new_B], samples_B[new_B])
             precision_B = 1 / (1 / site_precision_B + self.spread)
             self._learn_text(features_BF[new_B], site_mean_B[new_B], precision_B[new_B], float(new_B.mean()))
-            added = site_mean_B, precision_B, features_BF[:, 0], np.full(len(keys_B), self._text_clock)
-            kept = {name: np.where(new_B, x_B, getattr(before, name)) for name, x_B in zip(SITE, added, strict=True)}
-            after = after._replace(**kept)
+            values = site_mean_B, precision_B, features_BF[:, 0], np.full(len(keys_B), self._text_clock)
+            added = dict(zip(SITE, values, strict=True))
+            # New prompts take up the site that was added for them; the others keep theirs.
+            after = after._replace(**{name: np.where(new_B, added[name], getattr(before, name)) for name in SITE})
         self._history.put(keys_B, after, now)
 
     # ── The text ──
@@ -254,7 +257,7 @@ class Belief:
         self._spread_log_T *= FIRST_KEPT ** len(mean_B)
         self._spread_log_T += first_groups(mean_B, variance_B + SPREADS_T[:, None], successes_B, samples_B).sum(1)
 
-    def _fit_keep(self, keys_B, mean_B, variance_B, ability_B, successes_B, samples_B, now):
+    def _fit_keep(self, now, keys_B, mean_B, variance_B, ability_B, successes_B, samples_B):
         """Weigh the candidates for keep by how likely they make these groups, given the prompts' earlier ones."""
         self._keep_log_K *= KEEP_KEPT
         for k, keep in enumerate(KEEPS_K):
@@ -278,9 +281,7 @@ class Belief:
 
         shift_D = np.linspace(-4.0, 4.0, 33)
         for _ in range(2):  # first coarse, then fine around the coarse result
-            log_D = log_posterior(shift_D)
-            weights_D = np.exp(log_D - log_D.max())
-            weights_D /= weights_D.sum()
+            weights_D = shares(log_posterior(shift_D))
             mean = float(weights_D @ shift_D)
             variance = float(weights_D @ (shift_D - mean) ** 2)
             shift_D = mean + max(0.3, 4 * math.sqrt(variance)) * np.linspace(-1.0, 1.0, 33)

@@ -12,6 +12,8 @@ Suffixes: B = prompts of one call, F = features, K = candidates.
 
 import numpy as np
 
+from depo_plugin.estimator.item_response import shares
+
 WALKS_K = np.array([0.001, 0.01, 0.1])  # candidates for the walk's variance per update, of each weight
 KEPT = 0.98  # share of the candidates' log-likelihood kept per update
 
@@ -31,8 +33,7 @@ class TextDrift:
 
     def shift(self, text_BF: np.ndarray) -> np.ndarray:
         """Return v·φ, (B,): the candidates' mean, weighed by their likelihood."""
-        weights_K = np.exp(self._log_K - self._log_K.max())
-        return text_BF @ (weights_K / weights_K.sum() @ self._mean_KF)
+        return text_BF @ (shares(self._log_K) @ self._mean_KF)
 
     def variance(self, text_BF: np.ndarray) -> np.ndarray:
         """Return the variance of v·φ by the likeliest candidate, (B,)."""

@@ -123,7 +123,12 @@ def beta_of(p_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.nd
     return mean_B * total_B, (1 - mean_B) * total_B
 
 
+def shares(log_K: np.ndarray) -> np.ndarray:
+    """Return weights in proportion to exp(log_K), with the sum 1."""
+    weights_K = np.exp(log_K - log_K.max())
+    return weights_K / weights_K.sum()
+
+
 def likeliest(candidates_K: np.ndarray, log_K: np.ndarray) -> float:
     """Return the candidates' geometric mean, weighed by their likelihoods; log_K may have any offset."""
-    weights_K = np.exp(log_K - log_K.max())
-    return float(np.exp(weights_K @ np.log(candidates_K) / weights_K.sum()))
+    return float(np.exp(shares(log_K) @ np.log(candidates_K)))

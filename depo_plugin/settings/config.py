@@ -18,6 +18,7 @@ from depo_plugin.advantage import BASES, DEFAULT_BASE
 from depo_plugin.rules import RULES, RuleError, rule_of
 from depo_plugin.settings.resources import resource_dir
 from depo_plugin.settings.value_kinds import (
+    DISCOUNT,
     FILE,
     FRACTION,
     KAPPA,
@@ -30,7 +31,6 @@ from depo_plugin.settings.value_kinds import (
     Kind,
     choice,
     choice_or_file,
-    fit_or,
     integer,
     or_none,
 )
@@ -135,7 +135,7 @@ class HistoryConfig:
 
     kappa: float | str = setting("fit", "samples that the text counts as: fit, inf (text only), or a number", KAPPA)
     discount: float | str = setting(
-        "fit", "share of evidence kept per estimator update since a prompt was last seen", fit_or(SHARE)
+        "fit", "share of evidence kept per estimator update since a prompt was last seen", DISCOUNT
     )
     drift: bool = setting(True, "let all beliefs follow the policy's ability", SWITCH)
     prior: str | None = setting(

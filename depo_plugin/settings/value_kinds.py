@@ -71,13 +71,6 @@ def or_none(kind: Kind) -> Kind:
     return Kind(f"{kind.allowed}, or none", read, kind.metavar, ("none",))
 
 
-def fit_or(kind: Kind) -> Kind:
-    """Return the kind that also allows the word fit."""
-    return Kind(
-        f"fit, or {kind.allowed}", lambda value: value if value == "fit" else kind.read(value), "{fit,X}", ("fit",)
-    )
-
-
 def _read_switch(value: Any) -> bool:
     _check(isinstance(value, bool))
     return value
@@ -110,4 +103,10 @@ SWITCH = Kind("true or false", _read_switch, "true|false")
 TEXT = Kind("a path or a hub name", _read_text, "PATH")
 FILE = Kind("a path", lambda value: os.path.abspath(_read_text(value)), "FILE")  # absolute: workers run elsewhere
 RANGE = Kind("two numbers LO HI, LO below HI", _read_range, ("LO", "HI"))
+DISCOUNT = Kind(
+    "fit, or a number above 0, up to 1",
+    lambda value: value if value == "fit" else SHARE.read(value),
+    "{fit,X}",
+    ("fit",),
+)
 KAPPA = Kind("fit, inf, or a number above 0", _read_kappa, "{fit,inf,X}", ("fit", "inf"))
