@@ -10,7 +10,7 @@ from benchmarks.replay.world import Policy, sigmoid, signal_chance
 from depo_plugin.filter import signal_probability
 from depo_plugin.messages import Label, Record, Scores
 
-GRID = np.linspace(-5.0, 5.0, 121)  # grid points of the item noise, in its standard deviations
+GRID = np.linspace(-5.0, 5.0, 241)  # grid points of the item noise and the walk, in the noise's standard deviations
 
 
 def make_scores(p_B: np.ndarray, v_B: np.ndarray, updates: int, group_size: int) -> Scores:
@@ -71,23 +71,38 @@ class Oracle(Learner):
         return self._scores(p_B, signal_chance(p_B, self.group_size))
 
 
+def walk_matrix(size: float) -> np.ndarray:
+    """Return the chances (from, to) with which a step of a walk moves between the points of GRID, float64 (K, K).
+
+    size: the step's standard deviation, in the item noise's. The walk is that of neighbours on the grid with the same
+    variance, taken in as many moves as it needs; at both ends it stays inside.
+    """
+    variance = (size / (GRID[1] - GRID[0])) ** 2
+    moves = max(int(np.ceil(variance)), 1)
+    half = variance / moves / 2
+    move_KK = half * (np.eye(len(GRID), k=1) + np.eye(len(GRID), k=-1))
+    return np.linalg.matrix_power(move_KK + np.diag(1 - move_KK.sum(1)), moves)
+
+
 class Ideal(Learner):
     """The exact posterior of each prompt: the best that a learner can reach.
 
-    It knows the text's part of each logit, the spread of the item noise and the current ability, but not the pass
-    rates. The posterior over logit = text + noise is on a grid. A group with k of n right at ability A multiplies it
-    by p^k (1−p)^(n−k), p = σ(logit + A). p̂ = E[p] and V = E[u(p)] at the current ability.
+    It knows the text's part of each logit, the spread of the item noise, the current ability, each family's pace and
+    the size of the walk, but neither the pass rates nor the walk's path. The posterior over logit = text + noise +
+    walk is on a grid. A group with k of n right at ability A multiplies it by p^k (1−p)^(n−k), p = σ(logit + pace·A).
+    Each step spreads it by the walk's variance. p̂ = E[p] and V = E[u(p)].
     """
 
     def __init__(self, policy: Policy):
         """Start with the prior: a normal distribution around the text's part of each logit."""
         super().__init__(policy)
         self._text_N, self._noise = self.pool.text_N, self.pool.noise
-        self._log_weight_NK = np.tile(-0.5 * GRID**2, (len(self.pool.prompts), 1))
+        self._weight_NK = np.tile(np.exp(-0.5 * GRID**2), (len(self.pool.prompts), 1))
+        self._walk_KK = walk_matrix(self.pool.walk / self._noise)
 
     def _rates(self, index_B: np.ndarray) -> np.ndarray:
         logit_BK = self._text_N[index_B, None] + self._noise * GRID
-        return sigmoid(logit_BK + self.policy.ability)
+        return sigmoid(logit_BK + np.reshape(self.policy.gained(index_B), (-1, 1)))
 
     def score(self, prompts: list[str], labels: list[str]) -> Scores:
         """Return beliefs with the posterior's E[p] and E[u(p)] at the current ability."""
@@ -96,20 +111,22 @@ class Ideal(Learner):
     def _beliefs(self, index_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return E[p] and E[u(p)]."""
         p_BK = self._rates(index_B)
-        log_BK = self._log_weight_NK[index_B]
-        weight_BK = np.exp(log_BK - log_BK.max(1, keepdims=True))
-        weight_BK /= weight_BK.sum(1, keepdims=True)
+        weight_BK = self._weight_NK[index_B]
+        weight_BK = weight_BK / weight_BK.sum(1, keepdims=True)
         u_BK = signal_chance(p_BK, self.group_size)
         return (weight_BK * p_BK).sum(1), (weight_BK * u_BK).sum(1)
 
     def learn(self, labels: list[Label]) -> None:
-        """Multiply the posterior by each group's likelihood. Call it at the ability of the rollout."""
+        """Multiply the posterior by each group's likelihood, then spread it. Call it at the ability of the rollout."""
         index_B = self._indices([label.prompt for label in labels])
         p_BK = np.clip(self._rates(index_B), 1e-12, 1 - 1e-12)
         n_B1 = np.array([label.n for label in labels])[:, None]
         k_B1 = np.array([label.y for label in labels])[:, None] * n_B1
-        # add.at, because a prompt is in a batch twice if a pass ends within the batch.
-        np.add.at(self._log_weight_NK, index_B, k_B1 * np.log(p_BK) + (n_B1 - k_B1) * np.log1p(-p_BK))
+        log_BK = k_B1 * np.log(p_BK) + (n_B1 - k_B1) * np.log1p(-p_BK)
+        # multiply.at, because a prompt is in a batch twice if a pass ends within the batch.
+        np.multiply.at(self._weight_NK, index_B, np.exp(log_BK - log_BK.max(1, keepdims=True)))
+        self._weight_NK @= self._walk_KK
+        self._weight_NK /= self._weight_NK.sum(1, keepdims=True)
         super().learn(labels)
 
 

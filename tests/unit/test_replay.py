@@ -58,6 +58,29 @@ def test_rates_follow_the_item_response_model():
     assert policy.rates(np.array([3, 5])) == pytest.approx(expected)
 
 
+def test_a_family_gains_at_its_own_pace():
+    pool = make_pool(pace_N=np.linspace(0, 2, 400))
+    policy = world.Policy(pool, 8, 0)
+    policy.ability = 0.7
+    expected = [1 / (1 + math.exp(-(pool.logit_N[i] + pool.pace_N[i] * 0.7))) for i in (3, 5)]
+    assert policy.rates(np.array([3, 5])) == pytest.approx(expected)
+
+
+def test_each_prompt_walks_and_the_path_is_the_same_for_every_method():
+    pool = make_pool(size=4000, walk=0.05)
+    one, other = world.Policy(pool, 8, 3), world.Policy(pool, 8, 3)
+    index = np.arange(4000)
+    for step in range(26):
+        one.begin_step(), other.begin_step()
+        if step == 0:
+            assert (one.logits(index) == pool.logit_N).all()
+            other.rollout(index)  # no draw of the policy's changes the walk
+    walked = one.logits(index) - pool.logit_N
+    assert walked.std() == pytest.approx(0.05 * 25**0.5, rel=0.04)
+    assert abs(walked.mean()) < 0.015
+    assert (walked == other.logits(index) - pool.logit_N).all()
+
+
 def test_binomial_quantile():
     # Binomial(2, 1/2): P(K ≤ 0) = 0.25, P(K ≤ 1) = 0.75.
     luck = np.array([0.0, 0.2, 0.25, 0.5, 0.75, 0.999])
@@ -251,8 +274,8 @@ def test_ideal_equals_a_brute_force_posterior():
                     weight *= p**k * (1 - p) ** (n - k)
             p = 1 / (1 + math.exp(-logit - 1.5))
             total, p_sum, v_sum = total + weight, p_sum + weight * p, v_sum + weight * (1 - p**8 - (1 - p) ** 8)
-        assert scores[0][place] == pytest.approx(p_sum / total, abs=1e-5)
-        assert scores[1][place] == pytest.approx(v_sum / total, abs=1e-5)
+        assert scores[0][place] == pytest.approx(p_sum / total, abs=3e-5)
+        assert scores[1][place] == pytest.approx(v_sum / total, abs=3e-5)
 
 
 def test_ideal_counts_a_prompt_twice_where_it_is_twice_in_a_batch():
@@ -262,6 +285,36 @@ def test_ideal_counts_a_prompt_twice_where_it_is_twice_in_a_batch():
     apart.learn([label(pool, 3, 2, 8)])
     apart.learn([label(pool, 3, 4, 8)])
     assert both._beliefs(np.array([3]))[0] == pytest.approx(apart._beliefs(np.array([3]))[0])
+
+
+@pytest.mark.parametrize("size", [0.0, 0.01, 0.5])
+def test_the_walk_on_the_grid_has_the_walks_variance(size):
+    chances = learners.walk_matrix(size)
+    assert chances.sum(1) == pytest.approx(np.ones(len(chances)))
+    assert (chances >= 0).all()
+    middle = chances[len(chances) // 2]
+    assert middle @ learners.GRID == pytest.approx(0.0, abs=1e-12)
+    assert middle @ learners.GRID**2 == pytest.approx(size**2, rel=1e-6)
+
+
+def test_ideal_knows_the_walk_but_not_its_path(monkeypatch):
+    pool = make_pool(size=400, batch=400, walk=0.3)
+    knows = learners.Ideal(policy := world.Policy(pool, 8, 0))
+    monkeypatch.setattr(learners, "walk_matrix", lambda size: np.eye(len(learners.GRID)))
+    believes_it_stands = learners.Ideal(policy)
+    index, errors, expected = np.arange(400), [], []
+    for _ in range(40):
+        policy.begin_step()
+        true = policy.rates(index)
+        errors.append([np.mean((one._beliefs(index)[0] - true) ** 2) for one in (knows, believes_it_stands)])
+        p = knows._rates(index)
+        expected.append(np.mean((knows._weight_NK * (p - knows._beliefs(index)[0][:, None]) ** 2).sum(1)))
+        groups = policy.labels(policy.rollout(index))
+        for one in (knows, believes_it_stands):
+            one.learn(groups)
+    knowing, standing = np.mean(errors[20:], axis=0)
+    assert knowing < 0.8 * standing
+    assert knowing == pytest.approx(np.mean(expected[20:]), rel=0.1)
 
 
 def test_ridge_is_told_the_logits_of_prompts_met_and_reads_the_others_from_their_embeddings():
