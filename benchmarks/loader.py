@@ -60,7 +60,7 @@ class Scorer:
 def measure(count: int, batch: int, group_size: int) -> dict:
     """Draw prompts until one pass of the pool is scanned; return the figures."""
     pool, scorer = Pool(count), Scorer()
-    inner = SimpleNamespace(dataset=pool, collate_fn=lambda items: items)
+    inner = SimpleNamespace(dataset=pool, collate_fn=lambda items: items, num_workers=0)
     options = {"batch_size": batch, "group_size": group_size, "seed": 0, "num_episodes": 1}
     loader = DifficultyFilteredLoader(inner, scorer, FilterConfig(), **options)
     memory, tenth, drawn = [], count / 10, 0

@@ -222,11 +222,11 @@ def launch(out: Path, steps: int, every: int) -> tuple[int, Killer]:
 
 
 def loader_states(root: Path) -> dict[int, dict]:
-    """Return step -> the loader's state in OpenRLHF's checkpoints under root."""
+    """Return step -> DEPO's part of the loader's state in OpenRLHF's checkpoints under root."""
     found = {}
     for folder in root.glob("global_step*"):
         saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)  # written by this run
-        found[saved["global_step"]] = saved["data_loader_state_dict"]
+        found[saved["global_step"]] = saved["data_loader_state_dict"]["depo"]
     return found
 
 

@@ -334,6 +334,7 @@ def load(args, checkpoint_states: dict) -> None:
     if not checkpoint_states.get("global_step"):
         return
     from depo_plugin.estimator.checkpoint import step_of
+    from depo_plugin.loader import STATE
 
     # DeepSpeed read this file. Its converter renames global_step16 to global_step16_universal; our tag stays the same.
     latest = "latest_universal" if args.ds.use_universal_ckpt else "latest"
@@ -345,6 +346,8 @@ def load(args, checkpoint_states: dict) -> None:
         logger.warning("DEPO: the estimator takes up its checkpoint %s as soon as it answers.", tag)
     elif loaded.tag == tag:
         logger.info("DEPO: estimator resumed from %s", tag)
+    elif loaded.tag is None and STATE not in checkpoint_states["data_loader_state_dict"]:
+        logger.warning("DEPO: %s was written without DEPO: the estimator starts from the beginning.", tag)
     elif loaded.tag is None:
         logger.warning(
             "DEPO: no estimator checkpoint for %s; the estimator starts from the beginning: %d steps of its learning "

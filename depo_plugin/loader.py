@@ -31,10 +31,8 @@ logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and
 ASK_MARGIN = 1.25  # times the candidates that a batch is expected to need, so that one request is nearly always enough
 RATE_KEPT = 0.8  # of the keep rate per batch: it follows about the last five batches
 FORCED_IN_A_ROW = 10  # batches in a row that had to be filled up, after which one warning names the likely cause
-IDENTITY_FLAGS = {
-    "batch_size": "--rollout.vllm_generate_batch_size (default: --rollout.batch_size)",
-    "seed": "--train.seed",
-}
+STATE = "depo"  # the loader's own part of its state
+BATCH_FLAG = "--rollout.vllm_generate_batch_size (default: --rollout.batch_size)"
 
 
 class Candidate(NamedTuple):
@@ -88,6 +86,7 @@ class DifficultyFilteredLoader:
         self._filter = PromptFilter(cfg, group_size)
         self._stream = PromptStream(inner.dataset, seed)
         self._collate = inner.collate_fn
+        self._workers = inner.num_workers
         self._digest = self._stream.digest()
         self._estimator = estimator
         self._cfg = cfg
@@ -240,14 +239,11 @@ class DifficultyFilteredLoader:
 
     # ── State ──
 
-    def _identity(self) -> dict:
-        """Return what a state belongs to; a state of any other is refused."""
-        return {"batch_size": self._batch_size, "seed": self._seed}
-
     def state_dict(self) -> dict:
-        """Return all that can change a later draw, in plain numbers and lists; waits for scores on their way.
+        """Return, under STATE, all that can change a later draw, in plain numbers and lists; waits for pending scores.
 
-        Those scores are part of the state: a resumed run must not ask an estimator that has learned since.
+        Those scores are part of the state: a resumed run must not ask an estimator that has learned since. Beside it
+        is what OpenRLHF's own loader takes up as a new pass, so that a launch without DEPO can go on from here.
         """
         asked: dict[str, Any] | None = None
         if self._asked is not None:
@@ -256,68 +252,123 @@ class DifficultyFilteredLoader:
             if scores is not None:
                 a, b, visits = (np.asarray(x, np.float64).tolist() for x in scores[:3])
                 asked["scores"] = {"a": a, "b": b, "visits": visits, "updates": int(scores.updates)}
-        return self._identity() | {
-            "pool": len(self._stream),
-            "digest": self._digest,
-            "episode": self._episode,
-            "served": self._served,
-            "refunds": self._refunds,
-            "cursor": self._cursor,
-            "queue": list(self._queue),
-            "asked": asked,
-            "updates": int(self._updates),
-            "keep_rate": self._keep_rate,
+        return plain_state(self._workers) | {
+            STATE: {
+                "batch_size": self._batch_size,
+                "seed": self._seed,
+                "pool": len(self._stream),
+                "digest": self._digest,
+                "episode": self._episode,
+                "served": self._served,
+                "refunds": self._refunds,
+                "cursor": self._cursor,
+                "queue": list(self._queue),
+                "asked": asked,
+                "updates": int(self._updates),
+                "keep_rate": self._keep_rate,
+            }
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up a state_dict(); the next iter() goes on with its episode, also if that has no prompt left.
 
-        In another pool, told by its digest, the positions mean other prompts: then the stream starts its next pass,
-        and a warning says so. Raises ValueError if fields are missing or unexpected, or if the state belongs to
-        another batch size or seed.
+        What has changed since is taken along, with one warning. With another batch size the stream goes on where it
+        was. With other prompts (told by their digest), with another seed, and after a launch without DEPO, whose state
+        is that of OpenRLHF's own loader, positions mean other prompts: then the next pass starts. Raises ValueError if
+        fields of DEPO's own part are missing or unexpected.
         """
-        expected = set(self.state_dict())
-        if set(state) != expected:
-            missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected)
+        self._queue, self._asked, self._exhausted = deque(), None, False
+        if STATE not in state:
+            self._go_on_without_state(state)
+            return
+        own = state[STATE]
+        expected = set(self.state_dict()[STATE])
+        if set(own) != expected:
+            missing, unexpected = sorted(expected - set(own)), sorted(set(own) - expected)
             raise ValueError(
                 f"DEPO: this is not the prompt loader's state: missing {missing}, unexpected {unexpected}. It was "
-                "written without DEPO or by another version of it. Resume with the version that wrote it, or start "
-                "anew: leave --ckpt.load_enable out, or give another --ckpt.path."
+                "written by another version of openrlhf-depo. Resume with the version that wrote it, or start anew: "
+                "leave --ckpt.load_enable out, or give another --ckpt.path."
             )
-        own = self._identity()
-        if changed := [name for name in own if state[name] != own[name]]:
-            raise ValueError(
-                "DEPO: the checkpoint belongs to another run: "
-                + "; ".join(f"{IDENTITY_FLAGS[name]} was {state[name]}, is {own[name]}" for name in changed)
-                + ". Resume with the values it was written with, or start anew: leave --ckpt.load_enable out, or give "
-                "another --ckpt.path."
-            )
-        self._episode, self._served, self._refunds = state["episode"], state["served"], state["refunds"]
-        self._cursor, self._updates, self._keep_rate = state["cursor"], state["updates"], state["keep_rate"]
-        self._queue = deque(state["queue"])
-        self._exhausted = False
-        self._asked = None
-        if state["digest"] != self._digest:
-            self._start_next_pass(state)
-        elif (asked := state["asked"]) is not None:
-            known = None
-            if (saved := asked["scores"]) is not None:
-                a, b, visits = (np.array(saved[name], np.float64) for name in ("a", "b", "visits"))
-                known = Scores(a, b, visits, saved["updates"])
-            positions = range(self._cursor, self._cursor + asked["count"])
-            self._asked = Asked([self._stream.item(position) for position in positions], scores=known)
+        self._episode, self._served, self._refunds = own["episode"], own["served"], own["refunds"]
+        self._cursor, self._updates, self._keep_rate = own["cursor"], own["updates"], own["keep_rate"]
+        other_prompts = own["digest"] != self._digest
+        other_stream = other_prompts or own["seed"] != self._seed
+        if other_stream:
+            self._cursor = math.ceil(own["cursor"] / own["pool"]) * len(self._stream)
+        elif own["batch_size"] != self._batch_size:
+            self._cursor = min([own["cursor"], *own["queue"]])  # what was planned and not given out is decided anew
+        else:
+            self._queue.extend(own["queue"])
+            self._asked = self._asked_before(own["asked"])
+        self._warn_of_changes(own, other_prompts, other_stream)
 
-    def _start_next_pass(self, state: dict) -> None:
-        """Go on with this pool after a state of another one."""
-        self._cursor = math.ceil(state["cursor"] / state["pool"]) * len(self._stream)
-        self._queue = deque()
-        logger.warning(
-            "DEPO: these are not the prompts of the checkpoint (%d then, %d now, told apart by text and label): the "
-            "next pass over the pool starts now. What was learned of a prompt is kept if its text and label are the "
-            "same as before. If the data is the same, something in the prompts changes from launch to launch, such as "
-            "a chat template or system prompt that writes a date: then every prompt is a new one. The next prompt is "
-            "%.300r.",
-            state["pool"],
-            len(self._stream),
-            self._stream.item(self._cursor).prompt,
+    def _asked_before(self, asked: dict | None) -> Asked | None:
+        """Return the candidates that had been asked about, with their scores if those had come."""
+        if asked is None:
+            return None
+        known = None
+        if (saved := asked["scores"]) is not None:
+            a, b, visits = (np.array(saved[name], np.float64) for name in ("a", "b", "visits"))
+            known = Scores(a, b, visits, saved["updates"])
+        positions = range(self._cursor, self._cursor + asked["count"])
+        return Asked([self._stream.item(position) for position in positions], scores=known)
+
+    def _warn_of_changes(self, own: dict, other_prompts: bool, other_stream: bool) -> None:
+        changed = []
+        if own["batch_size"] != self._batch_size:
+            changed.append(f"{BATCH_FLAG} was {own['batch_size']}, is {self._batch_size}")
+        if own["seed"] != self._seed:
+            changed.append(f"--train.seed was {own['seed']}, is {self._seed}")
+        if other_prompts:
+            changed.append(
+                f"the prompts are others ({own['pool']} then, {len(self._stream)} now, told apart by text and label)"
+            )
+        if not changed:
+            return
+        text = (
+            f"DEPO: since the checkpoint was written something has changed: {'; '.join(changed)}. "
+            f"{'The next pass over the pool starts now' if other_stream else 'The pass over the pool goes on'}, and "
+            "what was learned of a prompt is kept."
         )
+        if other_prompts:
+            text += (
+                " A prompt is known if its text and label are the same as before. If the data is the same, something "
+                "in the prompts changes from launch to launch, such as a chat template or system prompt that writes a "
+                "date: then every prompt is a new one. The next prompt is %.300r."
+            )
+            logger.warning(text, self._stream.item(self._cursor).prompt)
+        else:
+            logger.warning("%s", text)
+
+    def _go_on_without_state(self, state: dict) -> None:
+        """Go on after a launch without DEPO: finish its episode, with a new pass over the pool."""
+        snapshot = state.get("_snapshot", {}).get("_snapshot_step", 0) + state.get("_steps_since_snapshot", 0)
+        self._served = state.get("_num_yielded", snapshot)
+        logger.warning(
+            "DEPO: the checkpoint was written without DEPO: its episode goes on after %d prompts, with a new pass "
+            "over the pool.",
+            self._served,
+        )
+
+
+def plain_state(workers: int) -> dict:
+    """Return a state that torchdata's StatefulDataLoader takes up as a new pass: it has given out nothing.
+
+    workers: its num_workers, 0 or more; the two kinds of iterators read different fields.
+    """
+    sampler = {"_index_sampler_state": None, "_sampler_iter_state": None, "_sampler_iter_yielded": 0}
+    sampler |= {"_IterableDataset_len_called": None, "_shared_seed": None}
+    state = {"_num_yielded": 0, "fetcher_state": None, "dataset_state": None, "_iterator_finished": False}
+    if not workers:
+        return sampler | state
+    return {
+        "_snapshot": {
+            "_snapshot_step": 0,
+            "_last_yielded_worker_id": workers - 1,
+            "_main_snapshot": sampler | {"_num_workers": workers, "_base_seed": 0},
+            "_worker_snapshots": {},
+        },
+        "_steps_since_snapshot": 0,
+        "_iterator_finished": False,
+    }

@@ -51,7 +51,7 @@ class LoaderMethod:
         self._count = 0
         self._key_index = {prompt_key(prompt, ""): i for i, prompt in enumerate(policy.pool.prompts)}
         dataset = [("replay", prompt, "", i) for i, prompt in enumerate(policy.pool.prompts)]
-        inner = SimpleNamespace(dataset=dataset, collate_fn=lambda items: items[0][3])
+        inner = SimpleNamespace(dataset=dataset, collate_fn=lambda items: items[0][3], num_workers=0)
         self._loader = DifficultyFilteredLoader(
             inner,
             self,

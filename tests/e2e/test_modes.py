@@ -123,7 +123,7 @@ def test_the_first_prompts_after_the_kill_are_those_that_followed_the_checkpoint
     scores were asked for when the state was saved are decided alike in both runs; where they do not fill the batch,
     more are asked for, of an estimator that may have learned more in the killed run: those are not compared.
     """
-    state = client_states(killed.out, f"global_step{SAVED}")["data_loader_state_dict"]
+    state = client_states(killed.out, f"global_step{SAVED}")["data_loader_state_dict"]["depo"]
     assert state["queue"] == []
     assert state["asked"]["scores"] is not None
     pool = problems(killed.out / "data" / "train.jsonl")[:POOL_A]
@@ -259,7 +259,7 @@ def test_each_prompt_is_asked_at_most_as_often_as_the_stream_passes_it(filtered_
     last = client_states(filtered_run.out, f"global_step{STEPS_C}")
     held_out = set(problems(filtered_run.out / "data" / "eval.jsonl"))
     asked = Counter(prompt for prompt in filtered_run.asked if prompt not in held_out)
-    met = Counter(stream(pool, last["data_loader_state_dict"]["cursor"]))
+    met = Counter(stream(pool, last["data_loader_state_dict"]["depo"]["cursor"]))
     assert set(asked) <= set(met)
     assert all(count % GROUP == 0 and count // GROUP <= met[prompt] for prompt, count in asked.items())
 

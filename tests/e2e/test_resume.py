@@ -212,11 +212,11 @@ def test_the_real_stack_killed_between_both_saves_goes_on_from_the_older_checkpo
     stream = PromptStream(problems(out / "data" / "train.jsonl"), SEED)
     before, after = (batches_of(run.asked, BATCH, GROUP) for run in (killed, resumed))
     most = config.FilterConfig().max_scan * BATCH
-    cursor = saved["data_loader_state_dict"]["cursor"]
+    cursor = saved["data_loader_state_dict"]["depo"]["cursor"]
     assert len(before) == 6  # no more was asked of vLLM than was trained before the kill
     assert len(places(stream, before, most, known={3: cursor})) == 6
     assert after[0] == before[3]
-    later = client_states(out, "global_step9")["data_loader_state_dict"]["cursor"]
+    later = client_states(out, "global_step9")["data_loader_state_dict"]["depo"]["cursor"]
     again = places(stream, after, most, start=cursor, known={6: later})
     assert len(again) == 7
     assert again[-1][1] - cursor > 7 * BATCH  # the filter did something

@@ -5,9 +5,9 @@ training     PPOTrainer.fit and, in asynchronous training, GenerateSamplesActor.
 """
 
 import ast
+import copy
 import functools
 import importlib.util
-import json
 import logging
 import math
 import time
@@ -125,7 +125,7 @@ def fit(loader, generator, episodes, start=FRESH, after_step=lambda: None, async
 
     def step(samples, states):
         run.trained[states["episode"]].append([int(prompt.split()[1]) for prompt in samples])
-        run.saved.append(json.loads(json.dumps(states | {"global_step": len(run.saved) + start["global_step"] + 1})))
+        run.saved.append(copy.deepcopy(states | {"global_step": len(run.saved) + start["global_step"] + 1}))
         after_step()
 
     trainer = SimpleNamespace(

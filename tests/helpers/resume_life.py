@@ -159,7 +159,9 @@ def main() -> None:
 
     policy = Policy(deepspeed_strategy(args), actor, folder, pause)
     trainer = Trainer(args, policy)
-    inner = SimpleNamespace(dataset=Prompts(), collate_fn=lambda items: tuple(map(list, zip(*items, strict=True))))
+    inner = SimpleNamespace(
+        dataset=Prompts(), collate_fn=lambda items: tuple(map(list, zip(*items, strict=True))), num_workers=0
+    )
     loader, _ = hooks.wrap_loader(args, inner, steps, __file__)
 
     states = trainer.init_checkpoint_states()

@@ -74,7 +74,7 @@ GRADIENT = np.linspace(2.0, 1.0, POOL)  # prompt i's gradient: larger where p̂ 
 def planned(seed, **cfg):
     """Return the kept records of one batch that the loader plans with this seed."""
     pool = Pool()
-    inner = SimpleNamespace(dataset=pool, collate_fn=lambda items: items)
+    inner = SimpleNamespace(dataset=pool, collate_fn=lambda items: items, num_workers=0)
     loader = DifficultyFilteredLoader(
         inner, pool, FilterConfig(**cfg), batch_size=BATCH_SIZE, group_size=8, seed=seed, num_episodes=1
     )

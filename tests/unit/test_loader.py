@@ -23,6 +23,7 @@ from numbered_pool import (
     REJECT_ALL,
     Estimator,
     InProcess,
+    Prompts,
     Texts,
     draw,
     episode,
@@ -37,11 +38,12 @@ from numbered_pool import (
     take,
 )
 from openrlhf_loops import fit, generator, prompt_dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from depo_plugin import hooks
 from depo_plugin.estimator.estimator import DifficultyEstimator
 from depo_plugin.filter import signal_probability
-from depo_plugin.loader import FORCED_IN_A_ROW
+from depo_plugin.loader import FORCED_IN_A_ROW, STATE
 from depo_plugin.messages import Label, Reason, Stream
 from depo_plugin.settings import config
 from depo_plugin.settings.config import DepoConfig, EstimatorConfig, FilterConfig
@@ -180,7 +182,7 @@ def test_one_prompt_at_a_time_in_the_inner_loaders_own_form():
 
 def test_an_empty_pool_is_refused():
     with pytest.raises(ValueError, match=r"empty.*--data.prompt_dataset.*--data.max_samples"):
-        make(0, 4, inner=SimpleNamespace(dataset=[], collate_fn=None))
+        make(0, 4, inner=SimpleNamespace(dataset=[], collate_fn=None, num_workers=0))
 
 
 # ── When scores are asked for ──
@@ -417,7 +419,9 @@ def test_openrlhf_resumes_at_every_step_without_repeating_or_skipping(count, acc
     given = []  # prompts given out, counted where they leave
     inner = inner_loader(count)
     counted = SimpleNamespace(
-        dataset=inner.dataset, collate_fn=lambda rows: given.extend(rows) or inner.collate_fn(rows)
+        dataset=inner.dataset,
+        collate_fn=lambda rows: given.extend(rows) or inner.collate_fn(rows),
+        num_workers=inner.num_workers,
     )
 
     def train(inner=inner, after_step=lambda: None, **start):
@@ -492,11 +496,12 @@ def test_optimizer_steps_of_any_training_batch(train_batch, max_epochs, max_step
 def resumed(loader, estimator, count, batch_size, changes=(), **options):
     """A new loader and estimator that go on from the loader's state; the estimator has learned as much as the old one.
 
-    changes: to the state.
+    changes: to DEPO's part of the state.
     """
     twin = Estimator(estimator.pass_rate, updates=estimator.updates)
     again, _ = make(count, batch_size, estimator=twin, **options)
-    again.load_state_dict(json.loads(json.dumps(loader.state_dict() | dict(changes), allow_nan=False)))
+    state = json.loads(json.dumps(loader.state_dict(), allow_nan=False))
+    again.load_state_dict(state | {STATE: state[STATE] | dict(changes)})
     return again, twin
 
 
@@ -519,7 +524,7 @@ def test_scores_that_were_asked_for_are_part_of_the_state():
     """The estimator learns between the question and the save: asked again, it would answer otherwise."""
     loader, estimator = make(50, 8, seed=5)
     draw(loader, estimator, 16, 8, 0)
-    assert loader.state_dict()["asked"]["scores"]["updates"] == 1 < estimator.updates == 2
+    assert loader.state_dict()[STATE]["asked"]["scores"]["updates"] == 1 < estimator.updates == 2
     again, twin = resumed(loader, estimator, 50, 8, seed=5)
     forgetful, other = resumed(loader, estimator, 50, 8, {"asked": None}, seed=5)
     expected = draw(loader, estimator, 8, 8, 16)
@@ -585,7 +590,7 @@ def test_a_save_does_not_change_what_is_drawn():
 def test_questions_that_went_unanswered_stay_so_after_a_resume():
     loader, estimator = make(50, 8, estimator=Estimator(noise, answers={1: None}), seed=5)
     draw(loader, estimator, 8, 8, 0)
-    asked = loader.state_dict()["asked"]
+    asked = loader.state_dict()[STATE]["asked"]
     assert asked["scores"] is None
     assert asked["count"] > 8
     again, twin = resumed(loader, estimator, 50, 8, seed=5)
@@ -625,11 +630,11 @@ def test_the_state_is_small_and_plain():
     loader, estimator = make(100_000, 128, estimator=Estimator(noise, strength=1e4 / 3))
     draw(loader, estimator, 128, 128, 0)
     state = loader.state_dict()
-    assert 256 < len(state["asked"]["scores"]["a"]) < 400
+    assert 256 < len(state[STATE]["asked"]["scores"]["a"]) < 400
     text = json.dumps(state, allow_nan=False)
     assert len(text) < 20_000
     assert json.loads(text) == state
-    assert {type(value) for value in state.values()} == {int, float, str, list, dict}
+    assert {type(value) for value in state[STATE].values()} == {int, float, str, list, dict}
 
 
 LOADER_STATE = {"pool", "batch_size", "seed", "episode", "served", "refunds", "cursor", "queue", "asked", "updates"}
@@ -638,34 +643,92 @@ LOADER_STATE |= {"keep_rate", "digest"}
 
 def test_a_state_has_exactly_its_fields():
     loader, _ = make(20, 5)
-    state = loader.state_dict()
+    state = loader.state_dict()[STATE]
     assert set(state) == LOADER_STATE
     del state["cursor"]
     with pytest.raises(ValueError, match=r"missing \['cursor'\], unexpected \['position'\].*--ckpt.load_enable"):
-        loader.load_state_dict(state | {"position": 3})
+        loader.load_state_dict({STATE: state | {"position": 3}})
 
 
-def test_a_state_of_openrlhfs_own_loader_is_refused():
-    inner = inner_loader(20)
-    next(iter(inner))
-    loader, _ = make(20, 5)
-    with pytest.raises(ValueError, match=r"unexpected \['_.*written without DEPO"):
-        loader.load_state_dict(inner.state_dict())
+# ── What has changed since the state was saved ──
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 4}, r"--rollout.vllm_generate_batch_size .* was 5, is 4"),
-        ({"seed": 7}, r"--train.seed was 0, is 7"),
-        ({"batch_size": 4, "seed": 7}, r"--rollout.vllm_generate_batch_size .* was 5, is 4; --train.seed was 0, is 7"),
-    ],
-)
-def test_a_state_of_another_run_is_refused_by_name(options, message):
-    loader, _ = make(20, 5)
-    other, _ = make(**({"count": 20, "batch_size": 5} | options))
-    with pytest.raises(ValueError, match=message + r"\. Resume with the values.*--ckpt.load_enable"):
-        other.load_state_dict(loader.state_dict())
+@pytest.mark.parametrize("served", [0, 8, 12, 32, 40])
+def test_with_another_batch_size_the_pass_goes_on(served, caplog):
+    """Served 12 of batches of 8: four were planned and not given out. They come first."""
+    options = {"episodes": 9, "seed": 5, **ACCEPT_ALL}
+    loader, estimator = make(40, 8, **options)
+    draw(loader, estimator, served, 8, 0)
+    again, _ = resumed(loader, estimator, 40, 5, **options)
+    (warning,) = caplog.messages
+    assert "--rollout.vllm_generate_batch_size (default: --rollout.batch_size) was 8, is 5" in warning
+    assert "The pass over the pool goes on" in warning
+    assert episode(again) == stream(40, 5, 40)[served:]
+    assert episode(again) == stream(40, 5, 80)[40:]
+
+
+@pytest.mark.parametrize("batch_size", [8, 5])
+def test_with_another_seed_the_next_pass_starts_in_its_order(batch_size, caplog):
+    options = {"episodes": 9, **ACCEPT_ALL}
+    loader, estimator = make(40, 8, seed=5, **options)
+    draw(loader, estimator, 16, 8, 0)
+    again, _ = resumed(loader, estimator, 40, batch_size, seed=6, **options)
+    (warning,) = caplog.messages
+    assert "--train.seed was 5, is 6" in warning
+    assert "The next pass over the pool starts now" in warning
+    assert ("was 8, is 5" in warning) == (batch_size == 5)
+    assert episode(again) == stream(40, 6, 64)[40:]
+
+
+def own_loader(count, workers):
+    """OpenRLHF's own loader over so many numbered prompts."""
+    dataset = Prompts(count)
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    return StatefulDataLoader(dataset, batch_size=1, shuffle=True, collate_fn=dataset.collate_fn, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("served", [0, 8, 20])
+def test_switched_on_in_a_checkpoint_without_it(served, workers, caplog):
+    """The rest of the episode, in DEPO's own order."""
+    inner = own_loader(20, workers)
+    take(inner, served)
+    loader, _ = make(20, 4, inner=inner, episodes=2, **ACCEPT_ALL)
+    loader.load_state_dict(inner.state_dict())
+    (warning,) = caplog.messages
+    assert f"written without DEPO: its episode goes on after {served} prompts" in warning
+    assert episode(loader) == stream(20, 0, 20 - served)
+    assert len(episode(loader)) == 20
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("served", [0, 8, 11, 20])
+def test_switched_off_in_a_checkpoint_with_it(served, workers):
+    """OpenRLHF's own loader takes the state as it takes one of its own that has given out nothing."""
+    loader, estimator = make(20, 4, inner=own_loader(20, workers), episodes=2, **ACCEPT_ALL)
+    draw(loader, estimator, served, 4, 0)
+    plain = own_loader(20, workers)
+    plain.load_state_dict(loader.state_dict())
+    for _ in range(2):
+        assert sorted(map(number, plain)) == list(range(20))
+    assert set(own_loader(20, workers).state_dict()) <= set(loader.state_dict())
+
+
+@pytest.mark.wheel
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_openrlhf_goes_on_with_depo_switched_on_and_off(asynchronous):
+    """Saved in the second of three episodes of 20 prompts; the other launch trains its rest, and the last."""
+
+    def train(loader, **start):
+        return fit(loader, generator(loader, 5), 3, asynchronous=asynchronous, **start)
+
+    depo, plain = make(20, 5, episodes=3, **ACCEPT_ALL)[0], inner_loader(20)
+    with_depo, without = train(depo).saved[5], train(plain).saved[5]
+    assert (with_depo["episode"], without["episode"]) == (1, 1)
+    trained = train(inner_loader(20), start=with_depo).trained
+    assert [sorted(flat(batches)) for batches in trained] == [[], *[list(range(20))] * 2]
+    trained = train(make(20, 5, episodes=3, **ACCEPT_ALL)[0], start=without).trained
+    assert [len(flat(batches)) for batches in trained] == [0, 10, 20]
 
 
 # ── Another pool, and what tells one from another ──
@@ -708,9 +771,9 @@ def test_a_state_of_another_pool_is_told_and_the_next_pass_starts(other, caplog)
     resumed.load_state_dict(saved_after(POOL, 8))
     (warning,) = caplog.messages
     rest_of_stream = [prompts[i] for i in stream(len(prompts), 0, 2 * len(prompts))[len(prompts) :]]
-    for words in (f"not the prompts of the checkpoint (20 then, {len(prompts)} now", "a date", rest_of_stream[0]):
+    for words in (f"the prompts are others (20 then, {len(prompts)} now", "a date", rest_of_stream[0]):
         assert words in warning
-    again = resumed.state_dict()
+    again = resumed.state_dict()[STATE]
     assert (again["cursor"], again["queue"], again["served"], again["episode"]) == (len(prompts), [], 8, 0)
     rest = [prompt for _, (prompt,), *_ in resumed]
     assert rest == rest_of_stream[: len(prompts) // 4 * 4 - 8]  # the rest of the episode

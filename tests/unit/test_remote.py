@@ -119,10 +119,12 @@ def test_save_learn_on_and_load_gives_the_same_scores_again(handle, process, arg
 
 def test_a_resume_without_our_checkpoint_is_a_warning(process, args, caplog):
     openrlhf_saved(args, "global_step0")  # older than any there is
-    hooks.load(args, {"global_step": 1})
+    for state in ({"depo": {}}, {"_num_yielded": 8}):
+        hooks.load(args, {"global_step": 1, "data_loader_state_dict": state})
     assert warnings_of(caplog) == [
         "DEPO: no estimator checkpoint for global_step0; the estimator starts from the beginning: 0 steps of its "
-        "learning are lost."
+        "learning are lost.",
+        "DEPO: global_step0 was written without DEPO: the estimator starts from the beginning.",
     ]
 
 
