@@ -45,6 +45,7 @@ class Process:
     pending_metrics: Any = None  # the judge() call of this step
     unsaid: list[dict[str, float]] = field(default_factory=list)  # metrics of the steps since the console's last line
     logged_at: float | None = None  # when the last step was logged
+    bases: tuple[str, ...] = ()  # advantage estimators that this OpenRLHF has, of the process that parsed the flags
     filters: bool = False  # whether a group came back that was planned after the warm-up
     warned: set[str] = field(default_factory=set)  # kinds of warnings that were given once
 
@@ -88,6 +89,7 @@ def add_arguments(parser) -> None:
         default=known.default,
         help=known.help,
     )
+    _process.bases = tuple(known.choices)
     config.add_arguments(parser)
     if faults := config.check_depo_flags(sys.argv[1:]):
         parser.error("\n".join(faults))
@@ -124,6 +126,11 @@ def resolve(args) -> None:
     except config.ConfigError as error:
         faults += error.faults
     faults += seam.conflicts(cfg, args, named)
+    if cfg.advantage.base and _process.bases and cfg.advantage.base not in _process.bases:
+        faults.append(
+            f"--depo.advantage.base {cfg.advantage.base}: this OpenRLHF does not know it. Name another one, or use a "
+            "newer release."
+        )
     faults += [] if faults else _encoder_faults(cfg, args)
     if faults:
         print("DEPO: this launch cannot work as it is set:\n" + "\n".join(faults), file=sys.stderr)  # noqa: T201

@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
-# Write the SHA256SUMS.* files of a patch folder again. Run this after you change a diff:
-#   bash scripts/patch_sums.sh patches/openrlhf-0.11.2 PRISTINE
-# PRISTINE is the folder that holds the original openrlhf/. It is only read.
+# Write the SHA256SUMS.* files of a release again. Run this for each release after you change a diff:
+#   bash scripts/patch_sums.sh patches/openrlhf-0.11.2 PRISTINE [--cpu]
+# PRISTINE is the folder that holds the original openrlhf/. It is only read. --cpu: also for the CPU patch.
 set -euo pipefail
 
-[ $# = 2 ] || { echo "usage: bash scripts/patch_sums.sh PATCH_FOLDER PRISTINE" >&2; exit 2; }
-patches=$(cd "$1" && pwd)
+if [ $# = 3 ] && [ "$3" = --cpu ]; then cpu=1; elif [ $# = 2 ]; then cpu=0; else
+    echo "usage: bash scripts/patch_sums.sh RELEASE_FOLDER PRISTINE [--cpu]" >&2
+    exit 2
+fi
+mkdir -p "$1"
+sums=$(cd "$1" && pwd)
+patches=$(dirname "$sums")
 pristine=$(cd "$2" && pwd)
 [ -d "$pristine/openrlhf" ] || { echo "error: $pristine holds no openrlhf/" >&2; exit 1; }
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT
 
-# The files that any diff changes or adds.
-mapfile -t names < <(sed -n 's|^diff --git a/.* b/||p' "$patches"/*.patch | LC_ALL=C sort -u)
+diffs=("$patches/0001-depo.patch")
+if [ "$cpu" = 1 ]; then diffs+=("$patches/0002-cpu.patch"); fi
+# The files that any of them changes or adds.
+mapfile -t names < <(sed -n 's|^diff --git a/.* b/||p' "${diffs[@]}" | LC_ALL=C sort -u)
 cd "$made"
 
 # make_sums STATE DIFF...: the sums of the original files with these diffs applied.
@@ -35,6 +42,8 @@ make_sums() {
 
 make_sums original
 make_sums depo 0001-depo.patch
-make_sums cpu 0002-cpu.patch
-make_sums depo+cpu 0001-depo.patch 0002-cpu.patch
-cp SHA256SUMS.* "$patches"
+if [ "$cpu" = 1 ]; then
+    make_sums cpu 0002-cpu.patch
+    make_sums depo+cpu 0001-depo.patch 0002-cpu.patch
+fi
+cp SHA256SUMS.* "$sums"

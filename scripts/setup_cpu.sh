@@ -41,7 +41,7 @@ $(python3 --version 2>&1). Install it, for example with your system's packages o
 
 patch_openrlhf() {
     local stamp
-    stamp=$(cat "$root"/patches/*/* | sha256sum)
+    stamp=$(cat "$root"/patches/*.patch "$root"/patches/*/* | sha256sum)
     if [ "$(cat "$patched/depo-stamp" 2>/dev/null)" = "$stamp" ]; then return; fi
     rm -rf "$patched"
     "$venv/bin/depo" patch --target "$patched" --cpu >"$venv/patch.log" 2>&1 || { cat "$venv/patch.log" >&2; exit 1; }

@@ -13,6 +13,13 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/setup_cpu.sh"
 install_stack
 patch_openrlhf
+# The files of every release that can be patched, as they are on PyPI.
+for folder in "$root"/patches/openrlhf-*; do
+    release=${folder##*-} pristine=$venv/openrlhf-releases/${folder##*-}
+    if [ ! -d "$pristine/openrlhf" ]; then
+        "$venv/bin/pip" install -qq --no-deps --no-compile --target "$pristine" "openrlhf==$release"
+    fi
+done
 cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .

@@ -5,6 +5,7 @@
   depo patch --target DIR      write a patched copy DIR/openrlhf; put DIR first on PYTHONPATH to use it
   depo patch --check           show which copies are patched, and which one Python imports from here
   depo patch --revert          put the original files back, byte for byte
+  depo patch --unverified --target DIR   try a release that openrlhf-depo does not know, in a copy
 
 Patches that are already in stay in. Either all files change or none. Exit status: 0 if done (--check: if the imported
 copy has the DEPO patch), 1 if refused (--check: if it does not have the patch), 2 if the options are wrong.
@@ -21,8 +22,11 @@ from depo_plugin.commands.patching import (
     imported_root,
     inspect,
     installed_root,
+    is_unverified,
     revert,
+    version_of,
     write_copy,
+    write_unverified,
 )
 
 LAUNCH = "python -m openrlhf.cli.train_ppo_ray"
@@ -34,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=Path, metavar="DIR", help="write a patched copy DIR/openrlhf instead")
     parser.add_argument("--cpu", action="store_true", help="also apply the patch that runs OpenRLHF without a GPU")
     parser.add_argument("--no-seam", action="store_true", help="with --cpu: leave the DEPO call sites out")
+    parser.add_argument("--unverified", action="store_true", help="with --target: copy a release that is not known")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="change nothing, show which copies are patched")
     what.add_argument("--revert", action="store_true", help="take out every patch (with --target: from that copy)")
@@ -45,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         return _usage("--no-seam leaves nothing to apply. Add --cpu.")
     if args.cpu and (args.check or args.revert):
         return _usage("--check and --revert apply nothing: leave out --cpu and --no-seam.")
+    if args.unverified and (not args.target or args.cpu or args.check or args.revert):
+        return _usage("--unverified writes a copy with the call sites alone: add --target DIR, leave out the rest.")
     try:
         if args.check:
             return _check([place.resolve() for place in (args.source, args.target) if place])
@@ -59,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 def _apply(args: argparse.Namespace) -> int:
     wanted = ({"cpu"} if args.cpu else set()) | (set() if args.no_seam else {"depo"})
     base = args.source.resolve() if args.source else installed_root()
+    if args.unverified:
+        return _unverified(base, args.target.resolve())
     if args.target:
         root = args.target.resolve()
         changed = write_copy(base, root, wanted)
@@ -72,6 +81,18 @@ def _apply(args: argparse.Namespace) -> int:
         print(f'to use this copy: export PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"')
     else:
         _warn_unless_imported(root)
+    return 0
+
+
+def _unverified(base: Path, target: Path) -> int:
+    changed = write_unverified(base, target)
+    print(
+        f"{_describe(target)} ({len(changed)} files)\n"
+        "Each line has its one place, in the right function. Not verified: the files' checksums, which are not known, "
+        "and what the hooks rely on in this release (docs/openrlhf.md lists it). Signatures are checked when a launch "
+        "starts. Before a long launch run a short one, also with --depo.shadow."
+    )
+    print(f'to use this copy: export PYTHONPATH="{target}${{PYTHONPATH:+:$PYTHONPATH}}"')
     return 0
 
 
@@ -106,6 +127,8 @@ def _describe(root: Path) -> str:
     try:
         copy = inspect(root)
     except PatchError as err:
+        if is_unverified(root):
+            return f"{root / 'openrlhf'}: OpenRLHF {version_of(root)}, UNVERIFIED, patches applied: depo"
         return f"{root / 'openrlhf'}: {err}"
     return f"{root / 'openrlhf'}: OpenRLHF {copy.release}, {_state(copy)}"
 
@@ -120,7 +143,7 @@ def _has_seam(root: Path) -> bool:
     try:
         return "depo" in (inspect(root).applied or ())
     except PatchError:
-        return False
+        return is_unverified(root)
 
 
 def _warn_unless_imported(root: Path) -> None:

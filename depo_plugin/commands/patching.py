@@ -1,16 +1,19 @@
-"""`depo patch`: put the diffs of `patches/openrlhf-<version>/` into a copy of OpenRLHF, or take them out again.
+"""`depo patch`: put the diffs of `patches/` into a copy of OpenRLHF, or take them out again.
 
     read the files that the diffs touch -> look up their state by sha256 -> replace the lines of each hunk
     -> check the result by sha256 -> write the files that differ
 
 A copy is named by its *root*: the folder that holds `openrlhf/`. Its *state* is the set of patches that are in.
-Nothing is recorded in the copy: SHA256SUMS.original, .depo, .cpu and .depo+cpu list the sums of its files in each
-state. A run that was killed half-way leaves files of different states; the next run finishes or undoes it.
+Nothing is recorded in the copy: patches/openrlhf-<release>/SHA256SUMS.original, .depo, .cpu and .depo+cpu list the
+sums of its files in each state. A run that was killed half-way leaves files of different states; the next run finishes
+or undoes it. A release that is not known can be copied with the call sites, on request, if every line of the diff has
+its one place in the right function.
 
 After you change a diff, run scripts/patch_sums.sh. A diff may add a file, in a folder that exists. A hunk goes to the
 first place that has its lines, so make the diff with more context (git diff -U5) if the tests say that it is wrong.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -35,6 +38,32 @@ State = tuple[str, ...]  # the patches that are in, in PATCHES' order
 PATCHES = {"depo": "0001-depo.patch", "cpu": "0002-cpu.patch"}
 STATES: tuple[State, ...] = ((), ("depo",), ("cpu",), ("depo", "cpu"))
 
+# Where the call sites are: file -> (function, hook) of each.
+PLACES = {
+    "openrlhf/cli/train_ppo_ray.py": [
+        ("train", "start_estimator"),
+        ("train", "check_attached"),
+        ("<module>", "add_arguments"),
+        ("<module>", "resolve"),
+    ],
+    "openrlhf/trainer/ppo_trainer.py": [
+        ("prepare_datasets", "wrap_loader"),
+        ("BasePPOTrainer.__init__", "attach"),
+        ("BasePPOTrainer.train_step", "check_rewards"),
+        ("BasePPOTrainer.train_step", "observe"),
+        ("BasePPOTrainer.train_step", "log"),
+        ("BasePPOTrainer.save_best_checkpoint", "save"),
+        ("BasePPOTrainer.save_logs_and_checkpoints", "save"),
+        ("BasePPOTrainer.init_checkpoint_states", "load"),
+    ],
+    "openrlhf/trainer/ppo_utils/samples_generator.py": [
+        ("SamplesGenerator.__init__", "attach"),
+        ("SamplesGenerator._generate_vllm", "received"),
+        ("SamplesGenerator._generate_vllm", "reject"),
+        ("SamplesGenerator._dispatch_prompts_to_vllm", "dispatched"),
+    ],
+}
+
 
 class PatchError(Exception):
     """`depo patch` refuses and has changed nothing. The text names the fault, the place and the fix."""
@@ -46,15 +75,15 @@ class Copy:
 
     root: Path  # the folder that holds openrlhf/
     release: str  # of OpenRLHF, such as 0.11.2
-    folder: Path  # the diffs and sums of this release
+    folder: Path  # the sums of this release; the diffs lie beside it
     files: Files  # the files that any diff changes or adds, as they are now
     present: Sums  # the sums of these files now
-    sums: dict[State, Sums]  # the sums of these files in each state
+    sums: dict[State, Sums]  # the sums of these files in each state that this release can be in
 
     @property
     def applied(self) -> State | None:
         """The patches that are in, or None if the files are of different states (a run was interrupted)."""
-        return next((state for state in STATES if self.sums[state] == self.present), None)
+        return next((state for state in self.sums if self.sums[state] == self.present), None)
 
     @property
     def names(self) -> list[str]:
@@ -63,7 +92,7 @@ class Copy:
 
     def patches_in(self, name: str) -> State:
         """Return the patches that one file has in it, () if it is absent."""
-        return next(state for state in STATES if self.sums[state].get(name) == self.present.get(name))
+        return next(state for state in self.sums if self.sums[state].get(name) == self.present.get(name))
 
 
 def sha256_of(path: str | Path) -> str:
@@ -72,9 +101,14 @@ def sha256_of(path: str | Path) -> str:
 
 
 def releases() -> dict[str, Path]:
-    """Return the OpenRLHF releases that can be patched: version -> folder of its diffs."""
-    folders = sorted(resource_dir("patches").glob("openrlhf-*"))
-    return {folder.name.removeprefix("openrlhf-"): folder for folder in folders}
+    """Return the OpenRLHF releases that can be patched, the oldest first: version -> folder of its sums."""
+    folders = {folder.name.removeprefix("openrlhf-"): folder for folder in resource_dir("patches").glob("openrlhf-*")}
+    return dict(sorted(folders.items(), key=lambda item: _numbers(item[0])))
+
+
+def _numbers(version: str) -> list[int]:
+    """Return a version's numbers, in whose order releases stand: 0.10.1.post2 -> [0, 10, 1, 2]."""
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 # --- finding copies ---------------------------------------------------------------------------------------------
@@ -143,10 +177,12 @@ def inspect(root: Path) -> Copy:
     known = releases()
     version = version_of(root)
     if version is not None and version not in known:
+        old = _numbers(version) < _numbers(next(iter(known)))
+        nearest = next(iter(known)) if old else _newest()
         raise PatchError(
-            f"{root} is OpenRLHF {version}, and openrlhf-depo {__version__} has patches for {', '.join(known)} only.\n"
-            f"Use that release (pip install openrlhf=={_newest()}, or git checkout v{_newest()}), or a release of "
-            f"openrlhf-depo made for OpenRLHF {version}."
+            f"{root} is OpenRLHF {version}, and openrlhf-depo {__version__} is made for {', '.join(known)}.\n"
+            f"The nearest of these is {nearest}: pip install openrlhf=={nearest}, or git checkout v{nearest}."
+            + ("" if old else "\nOr try it with this one, in a copy: depo patch --unverified --target DIR")
         )
     # A --target folder does not tell its version: try every release, the newest first.
     faults = []
@@ -160,18 +196,19 @@ def inspect(root: Path) -> Copy:
 
 def _inspect_as(root: Path, release: str, folder: Path) -> Copy:
     """Return the copy if it is of this release. Raise PatchError naming the files that belong to no state."""
-    for file in (*PATCHES.values(), *map(_sums_file, STATES)):
-        if not (folder / file).is_file():
-            raise PatchError(f"{folder / file} is missing. Reinstall openrlhf-depo {__version__}.")
+    needed = [_diff(folder, patch) for patch in PATCHES] + [folder / _sums_file(state) for state in STATES[:2]]
+    for file in needed:
+        if not file.is_file():
+            raise PatchError(f"{file} is missing. Reinstall openrlhf-depo {__version__}.")
     sums: dict[State, Sums] = {}
     for state in STATES:
-        lines = (folder / _sums_file(state)).read_text().splitlines()
-        sums[state] = {name: digest for digest, name in map(str.split, lines)}
-    paths = {name: root / name for state in STATES for name in sums[state]}
+        if (file := folder / _sums_file(state)).is_file():  # not every release runs on a CPU
+            sums[state] = {name: digest for digest, name in map(str.split, file.read_text().splitlines())}
+    paths = {name: root / name for state in sums for name in sums[state]}
     files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
     present = {name: hashlib.sha256(contents).hexdigest() for name, contents in files.items()}
     copy = Copy(root, release, folder, files, present, sums)
-    unknown = [name for name in copy.names if all(present.get(name) != sums[state].get(name) for state in STATES)]
+    unknown = [name for name in copy.names if all(present.get(name) != sums[state].get(name) for state in sums)]
     if edited := [name for name in unknown if name in sums[()]]:
         if _is_checkout(root):
             restore = f"git -C {root} checkout -- {' '.join(edited)} (at release {release})"
@@ -241,12 +278,84 @@ def write_copy(base: Path, target: Path, wanted: set[str]) -> list[str]:
     return sorted(contents)
 
 
+def write_unverified(base: Path, target: Path) -> list[str]:
+    """Write a copy of a release that is not known to `target`/openrlhf, with the call sites. `base` is only read.
+
+    Each hunk must have exactly one place, and each call must land in the function of PLACES. Return the changed paths.
+    Raise PatchError naming what does not fit.
+    """
+    version = version_of(base) or "0+unknown"
+    if version in releases():
+        raise PatchError(f"{base} is OpenRLHF {version}, which is known. Leave --unverified out.")
+    package = target / "openrlhf"
+    if package.exists():
+        raise PatchError(f"{package} exists. Remove it, or name another folder: --target DIR")
+    patched, faults = {}, []
+    for name, hunks in _read_hunks(resource_dir("patches") / PATCHES["depo"]).items():
+        contents = (base / name).read_bytes() if (base / name).is_file() else b""
+        for number, (old, new) in enumerate(hunks, start=1):
+            if (count := contents.count(old)) != 1:
+                faults.append(f"{name}: hunk {number} has {count} places instead of 1")
+            contents = contents.replace(old, new, 1)
+        patched[name] = contents
+        if not faults and (found := call_sites(contents)) != PLACES[name]:
+            faults.append(f"{name}: the calls are {found} instead of {PLACES[name]}")
+    if faults:
+        raise PatchError(
+            f"The call sites do not fit {base}:\n  " + "\n  ".join(faults) + "\nNothing was written. "
+            f"Use OpenRLHF {_newest()}, or port the diff by hand (docs/openrlhf.md)."
+        )
+    try:
+        shutil.copytree(base / "openrlhf", package, ignore=shutil.ignore_patterns("__pycache__"))
+        for name, contents in patched.items():
+            (target / name).write_bytes(contents)
+        told = target / f"openrlhf-{version}.dist-info" / "METADATA"  # so that the copy tells its version
+        told.parent.mkdir()
+        told.write_text(f"Metadata-Version: 2.1\nName: openrlhf\nVersion: {version}\n")
+    except OSError as err:
+        raise PatchError(f"cannot write {package}: {err}\nName a folder you may write: --target DIR") from err
+    return list(patched)
+
+
+def call_sites(source: bytes) -> list[tuple[str, str]]:
+    """Return (function, hook) of each call of a hook in a patched file, in its order; outside functions: <module>."""
+    found = []
+
+    def visit(node: ast.AST, place: tuple[str, ...]) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = place
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                inside = (*place, child.name)
+            if isinstance(child, ast.Call) and ast.unparse(child.func).startswith("depo_hooks."):
+                hook = ast.unparse(child.func).removeprefix("depo_hooks.")
+                found.append((".".join(place) or "<module>", hook))
+            visit(child, inside)
+
+    visit(ast.parse(source), ())
+    return [site for site in found if site[1] != "enabled"]
+
+
+def is_unverified(root: Path) -> bool:
+    """Return whether a copy is of a release that is not known and has every call site in it."""
+    if version_of(root) in (None, *releases()):
+        return False
+    try:
+        return all(call_sites((root / name).read_bytes()) == sites for name, sites in PLACES.items())
+    except (OSError, SyntaxError):
+        return False
+
+
 def _changes(copy: Copy, state: State) -> dict[str, bytes | None]:
     """Return the changes that bring `copy` to `state`: path -> new contents, None to remove the file.
 
     Raise PatchError if the diffs do not give the sums of `state`.
     """
-    hunks = {patch: _read_hunks(copy.folder / file) for patch, file in PATCHES.items()}
+    if state not in copy.sums:
+        raise PatchError(
+            f"{copy.root} is OpenRLHF {copy.release}, and there is no patch that runs it without a GPU. Leave --cpu "
+            "out."
+        )
+    hunks = {patch: _read_hunks(_diff(copy.folder, patch)) for patch in PATCHES}
     changes: dict[str, bytes | None] = {}
     for name in copy.names:
         wanted = copy.sums[state].get(name)
@@ -261,7 +370,7 @@ def _changes(copy: Copy, state: State) -> dict[str, bytes | None]:
                 contents = contents.replace(old, new, 1)
         if wanted and hashlib.sha256(contents).hexdigest() != wanted:
             raise PatchError(
-                f"The diffs in {copy.folder} do not apply to the files they were made for: {name} is not as in "
+                f"The diffs in {copy.folder.parent} do not apply to the files they were made for: {name} is not as in "
                 f"{_sums_file(state)} afterwards.\n"
                 f"Nothing was changed. Reinstall openrlhf-depo {__version__}; if that does not help, report it."
             )
@@ -330,6 +439,10 @@ def _write_like(like: Path, path: Path, contents: bytes) -> None:
 
 def _state_of(wanted: set[str]) -> State:
     return tuple(name for name in PATCHES if name in wanted)
+
+
+def _diff(folder: Path, patch: str) -> Path:
+    return folder.parent / PATCHES[patch]
 
 
 def _sums_file(state: State) -> str:

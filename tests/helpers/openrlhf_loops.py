@@ -1,4 +1,4 @@
-"""OpenRLHF's own loops, compiled from its installed files without importing vLLM.
+"""OpenRLHF's own loops, compiled from its files without importing vLLM. root: another release's folder.
 
 drawing      SamplesGenerator.generate_samples and _collect_prompt_batch
 training     PPOTrainer.fit and, in asynchronous training, GenerateSamplesActor.fit
@@ -20,8 +20,9 @@ import torch
 FRESH = {"episode": 0, "global_step": 0, "total_consumed_prompts": 0, "data_loader_state_dict": {}}
 
 
-def _source(*parts):
-    return Path(importlib.util.find_spec("openrlhf").origin).parent.joinpath(*parts)
+def _source(root, *parts):
+    package = root / "openrlhf" if root else Path(importlib.util.find_spec("openrlhf").origin).parent
+    return package.joinpath(*parts)
 
 
 def _compile(nodes, names):
@@ -30,10 +31,10 @@ def _compile(nodes, names):
 
 
 @functools.cache
-def _drawing_code():
+def _drawing_code(root):
     """_collect_prompt_batch and SamplesGenerator."""
     wanted = ("_collect_prompt_batch", "SamplesGenerator")
-    tree = ast.parse(_source("trainer", "ppo_utils", "samples_generator.py").read_text())
+    tree = ast.parse(_source(root, "trainer", "ppo_utils", "samples_generator.py").read_text())
     names = vars(typing) | {"torch": torch, "Experience": object, "logger": logging.getLogger("openrlhf")}
     _compile([node for node in tree.body if getattr(node, "name", "") in wanted], names)
     return [names[name] for name in wanted]
@@ -56,15 +57,17 @@ class Bar:
 
 
 @functools.cache
-def _training_loop(file, owner):
-    (node,) = [n for n in ast.parse(_source("trainer", file).read_text()).body if getattr(n, "name", "") == owner]
+def _training_loop(root, file, owner):
+    (node,) = [
+        n for n in ast.parse(_source(root, "trainer", file).read_text()).body if getattr(n, "name", "") == owner
+    ]
     (loop,) = [n for n in node.body if getattr(n, "name", "") == "fit"]
     return _compile([loop], {"tqdm": Bar, "time": time, "logger": logging.getLogger("openrlhf.test")})["fit"]
 
 
 def prompt_dataset(count):
     """OpenRLHF's own PromptDataset over `count` rows."""
-    spec = importlib.util.spec_from_file_location("prompts", _source("datasets", "prompts_dataset.py"))
+    spec = importlib.util.spec_from_file_location("prompts", _source(None, "datasets", "prompts_dataset.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     data = SimpleNamespace(input_key="prompt", label_key="label", apply_chat_template=False)
@@ -73,12 +76,12 @@ def prompt_dataset(count):
     return module.PromptDataset(rows, None, strategy)
 
 
-def generator(loader, rollout_batch_size, generate_batch_size=None, accept=None):
+def generator(loader, rollout_batch_size, generate_batch_size=None, accept=None, root=None):
     """OpenRLHF's SamplesGenerator with one sample a prompt, whose rollouts come back at once.
 
     accept: whether dynamic filtering keeps a prompt's group; None: it is off.
     """
-    collect, base = _drawing_code()
+    collect, base = _drawing_code(root)
 
     class Generator(base):
         def _generate_vllm(self, dataloader_iter, num_prompts, dynamic_filtering, **kwargs):
@@ -116,7 +119,7 @@ class Run(typing.NamedTuple):
     bars: list
 
 
-def fit(loader, generator, episodes, start=FRESH, after_step=lambda: None, asynchronous=False):
+def fit(loader, generator, episodes, start=FRESH, after_step=lambda: None, asynchronous=False, root=None):
     """Let OpenRLHF's loop train so many episodes, from what it saved (start); rollouts are trained as they come.
 
     asynchronous: the loop of the process that makes the rollouts.
@@ -148,7 +151,7 @@ def fit(loader, generator, episodes, start=FRESH, after_step=lambda: None, async
         trainer._partial_rollout = True  # no lock around the rollouts
         trainer.rollout_slots = SimpleNamespace(get=lambda block: 0, put=lambda step, block: None)
         trainer.rollout_queue = SimpleNamespace(put=lambda row, block: row == "done" or step(*row[:2]))
-        loop = _training_loop("ppo_trainer_async.py", "GenerateSamplesActor")
+        loop = _training_loop(root, "ppo_trainer_async.py", "GenerateSamplesActor")
         loop(trainer, start["episode"], start["total_consumed_prompts"])
     else:
         held = []
@@ -157,5 +160,5 @@ def fit(loader, generator, episodes, start=FRESH, after_step=lambda: None, async
         trainer.broadcast_to_vllm = lambda: None
         trainer.train_step = lambda samples, step: (held.append(samples) or {}, step + 1)
         trainer.save_logs_and_checkpoints = lambda number, status, states: step(held.pop(), states)
-        _training_loop("ppo_trainer.py", "PPOTrainer")(trainer)
+        _training_loop(root, "ppo_trainer.py", "PPOTrainer")(trainer)
     return run

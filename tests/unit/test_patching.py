@@ -79,8 +79,8 @@ def texts(root):
 def patches(tmp_path, monkeypatch):
     """The patch folder of the made-up release, in the place of the shipped ones."""
     folder = tmp_path / "patches" / "openrlhf-9.9"
-    write(folder, {"0001-depo.patch": diff(PRISTINE, expected({"depo"}))})
-    write(folder, {"0002-cpu.patch": diff(PRISTINE, expected({"cpu"}))})
+    write(folder.parent, {"0001-depo.patch": diff(PRISTINE, expected({"depo"}))})
+    write(folder.parent, {"0002-cpu.patch": diff(PRISTINE, expected({"cpu"}))})
     for name, state in STATES.items():
         sums = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in expected(state).items()}
         write(folder, {f"SHA256SUMS.{name}": "".join(f"{digest}  {path}\n" for path, digest in sums.items())})
@@ -150,7 +150,7 @@ def test_another_version_is_refused_even_if_the_files_are_the_same(root, kind):
         (root / "version.txt").unlink()
         write(root, {"openrlhf-9.8.dist-info/METADATA": "Metadata-Version: 2.1\nName: openrlhf\nVersion: 9.8\n"})
     for action in (lambda: patching.apply(root, {"depo"}), lambda: patching.revert(root)):
-        refuses(action, root, str(root), "OpenRLHF 9.8", "has patches for 9.9", "pip install openrlhf==9.9")
+        refuses(action, root, str(root), "OpenRLHF 9.8", "is made for 9.9", "pip install openrlhf==9.9")
 
 
 @pytest.mark.parametrize("state", STATES.values())
@@ -175,17 +175,40 @@ def test_a_file_of_the_users_at_the_path_of_an_added_one_is_refused(root):
 @pytest.mark.parametrize("line", ["\n line 3\n", "\n+seam\n"])
 def test_a_diff_that_does_not_give_the_sums_is_refused(root, patches, line):
     """One changed line of context keeps the hunk out, one changed line of code gives other contents."""
-    text = (patches / "0001-depo.patch").read_text()
+    seam = patches.parent / "0001-depo.patch"
+    text = seam.read_text()
     assert text.count(line) == 1
-    (patches / "0001-depo.patch").write_text(text.replace(line, line[:-1] + "s\n"))
-    words = (str(patches), "do not apply", "openrlhf/a.py is not as in SHA256SUMS.depo", "Reinstall openrlhf-depo")
+    seam.write_text(text.replace(line, line[:-1] + "s\n"))
+    words = (
+        str(patches.parent),
+        "do not apply",
+        "openrlhf/a.py is not as in SHA256SUMS.depo",
+        "Reinstall openrlhf-depo",
+    )
     refuses(lambda: patching.apply(root, {"depo"}), root, *words)
 
 
-@pytest.mark.parametrize("missing", ["SHA256SUMS.depo+cpu", "0001-depo.patch"])
+@pytest.mark.parametrize("missing", ["openrlhf-9.9/SHA256SUMS.depo", "0001-depo.patch", "0002-cpu.patch"])
 def test_an_incomplete_patch_folder_is_refused(root, patches, missing):
-    (patches / missing).unlink()
+    (patches.parent / missing).unlink()
     refuses(lambda: patching.apply(root, {"depo"}), root, missing, "missing", "Reinstall")
+
+
+def test_a_release_that_no_patch_runs_without_a_gpu(root, patches):
+    for name in ("cpu", "depo+cpu"):
+        (patches / f"SHA256SUMS.{name}").unlink()
+    refuses(lambda: patching.apply(root, {"cpu"}), root, "OpenRLHF 9.9", "no patch that runs it without a GPU")
+    patching.apply(root, {"depo"})
+    assert texts(root) == expected({"depo"})
+
+
+@pytest.mark.parametrize(("version", "nearest"), [("9.7.post2", "9.9"), ("9.10", "10.0"), ("10.1", "10.0")])
+def test_an_unknown_release_is_told_the_nearest_and_a_newer_one_the_way_out(root, patches, version, nearest):
+    shutil.copytree(patches, patches.with_name("openrlhf-10.0"))
+    write(root, {"version.txt": f"{version}\n"})
+    said = refuses(lambda: patching.apply(root, {"depo"}), root, f"is OpenRLHF {version}", "made for 9.9, 10.0")
+    assert f"pip install openrlhf=={nearest}" in said
+    assert ("--unverified" in said) == (version != "9.7.post2")
 
 
 def test_a_folder_without_openrlhf_is_refused(root):
@@ -467,9 +490,11 @@ SHIPPED = REPO / "patches" / f"openrlhf-{RELEASE}"
 def test_every_shipped_release_has_its_patches_and_sums():
     found = patching.releases()
     assert RELEASE in found
-    files = {*patching.PATCHES.values(), *(f"SHA256SUMS.{name}" for name in STATES)}
-    for folder in found.values():
-        assert {path.name for path in folder.iterdir()} == files
+    sums, without_gpu = {"SHA256SUMS.original", "SHA256SUMS.depo"}, {"SHA256SUMS.cpu", "SHA256SUMS.depo+cpu"}
+    assert list(found) == ["0.10.2", "0.10.3", "0.10.4", "0.11.0", "0.11.1", "0.11.2"]
+    for release, folder in found.items():
+        on_cpu = without_gpu if release in ("0.11.1", RELEASE) else set()
+        assert {path.name for path in folder.iterdir()} == sums | on_cpu
 
 
 @pytest.fixture(scope="session")
@@ -549,7 +574,7 @@ def test_the_real_release_is_patched_reverted_and_refused(pristine, tmp_path, ki
     version.write_text(version.read_text().replace(RELEASE, "0.11.3"))
     code, _, err = depo()
     assert code == 1
-    assert f"is OpenRLHF 0.11.3, and openrlhf-depo {__version__} has patches for {RELEASE} only" in err
+    assert f"is OpenRLHF 0.11.3, and openrlhf-depo {__version__} is made for 0.10.2, " in err
     assert snapshot(root / "openrlhf") == before
 
 
@@ -569,13 +594,15 @@ def test_every_state_of_the_real_release_is_reached_from_every_other_and_compile
 
 @pytest.mark.wheel
 def test_the_shipped_sums_are_those_that_the_script_writes(pristine, tmp_path):
-    shutil.copytree(SHIPPED, tmp_path / "patches", ignore=shutil.ignore_patterns("SHA256SUMS.*"))
-    command = ["bash", str(REPO / "scripts/patch_sums.sh"), str(tmp_path / "patches"), str(pristine)]
-    subprocess.run(command, check=True)
-    written = {path.name: path.read_text() for path in (tmp_path / "patches").iterdir()}
-    assert written == {path.name: path.read_text() for path in SHIPPED.iterdir()}
+    shutil.copytree(SHIPPED.parent, tmp_path / "patches", ignore=shutil.ignore_patterns("SHA256SUMS.*"))
+    made = tmp_path / "patches" / SHIPPED.name
+    for options, names in ((), ["original", "depo"]), (["--cpu"], STATES):
+        subprocess.run(["bash", str(REPO / "scripts/patch_sums.sh"), str(made), str(pristine), *options], check=True)
+        assert {path.name for path in made.iterdir()} == {f"SHA256SUMS.{name}" for name in names}
+    for path in made.iterdir():
+        assert path.read_text() == (SHIPPED / path.name).read_text()
 
-    diffs = "".join(path.read_text() for path in SHIPPED.glob("*.patch"))
+    diffs = "".join(path.read_text() for path in SHIPPED.parent.glob("*.patch"))
     touched = set(re.findall(r"^(?:--- a|\+\+\+ b)/(\S+)", diffs, flags=re.MULTILINE))
     assert len(touched) > 10
     assert set(patching.inspect(pristine).names) == touched

@@ -11,7 +11,7 @@ from in_copy import run_in_copy
 from depo_plugin import hooks, seam
 from depo_plugin.commands.patching import releases
 
-PATCH = Path(__file__).resolve().parents[2] / "patches" / "openrlhf-0.11.2" / "0001-depo.patch"
+PATCH = Path(__file__).resolve().parents[2] / "patches" / "0001-depo.patch"
 
 
 # ── Signatures ──
@@ -29,7 +29,7 @@ def test_the_estimator_is_not_started_on_an_openrlhf_that_does_not_fit_and_all_t
         hooks.start_estimator(SimpleNamespace(args=None), None)
     assert str(error.value) == (
         "dumps has no 'objekt'; json has no 'JSONDecoder.gone'; indent has no 'suffix'; indent has no 'colour'. "
-        "Supported: OpenRLHF 0.11.2. Run: depo patch --check"
+        f"Supported: OpenRLHF {', '.join(releases())}. Run: depo patch --check"
     )
 
 
@@ -56,7 +56,7 @@ def test_the_real_openrlhf_has_what_the_call_sites_take(patched_copy):
     assert run_in_copy(patched_copy, "-c", REAL) == (
         "openrlhf.trainer.ppo_trainer has no 'BasePPOTrainer.save_best_checkpoint'; "
         "SamplesGenerator._generate_vllm has no 'dynamic_filtering'; Experience has no 'scores'. "
-        "Supported: OpenRLHF 0.11.2. Run: depo patch --check"
+        f"Supported: OpenRLHF {', '.join(releases())}. Run: depo patch --check"
     )
 
 
