@@ -13,6 +13,7 @@ from depo_plugin import __version__
 # Command (also the name of its module) -> its line in `depo --help`.
 COMMANDS = {
     "backtest": "predict the groups of a log, then reveal them: would DEPO have helped?",
+    "doctor": "check a launch on this machine before it starts",
     "score": "write what an estimator's checkpoint believes of each prompt's pass rate",
     "config": "print the effective DEPO settings",
     "patch": "put the DEPO call sites into OpenRLHF, check them, take them out",
