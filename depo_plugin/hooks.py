@@ -166,30 +166,24 @@ def enabled(args) -> bool:
 
 
 def _snapshot_root(args) -> str:
-    return os.path.join(os.path.abspath(args.ckpt.path), "depo")
+    return os.path.join(args.ckpt.path, "depo")
 
 
 def start_estimator(strategy, placement_group) -> None:
-    """Start the estimator's actor before the trainer's, and write what this launch is set to, for `depo report`.
+    """Start the estimator's actor before the trainer's.
 
     placement_group: shared by all models, or None.
     """
     from depo_plugin import seam
     from depo_plugin.remote import actor
-    from depo_plugin.settings import launch
 
     seam.check_signatures()
     args = strategy.args
     _process.driver_actor = actor.create(
         args, args.rollout.n_samples_per_prompt, _snapshot_root(args), placement_group
     )
-    path = Path(args.ckpt.output_dir) / "depo" / "settings.json"
     if args.depo.shadow:
         atexit.register(_say_shadow)
-    try:
-        launch.write(path, args)
-    except OSError as error:
-        _warn_once("settings", "DEPO: %s cannot be written (%s); training goes on without it.", path, error)
 
 
 def _say_shadow() -> None:
@@ -202,10 +196,20 @@ def _say_shadow() -> None:
 
 
 def attach(args, site: str, path: str) -> None:
-    """Record that the hook at `site` runs in this process, from OpenRLHF's file `path`; check_attached reads it."""
+    """Record that the hook at `site` runs in this process, from OpenRLHF's file `path`; check_attached reads it.
+
+    The process that trains also writes what this launch is set to, for `depo report`, where it will write the metrics.
+    """
     from depo_plugin import seam
+    from depo_plugin.settings import launch
 
     _process.reports.append(seam.report(site, path))
+    if site == "BasePPOTrainer":
+        settings = Path(args.ckpt.output_dir) / "depo" / "settings.json"
+        try:
+            launch.write(settings, args)
+        except OSError as error:
+            _warn_once("settings", "DEPO: %s cannot be written (%s); training goes on without it.", settings, error)
 
 
 def check_attached(args, trainer) -> None:
@@ -494,6 +498,14 @@ def save(args, tag: str) -> None:
     actor_root = Path(args.ckpt.path) / "_actor"
     live_tags = {folder.name for folder in actor_root.iterdir() if folder.is_dir()} if actor_root.exists() else set()
     seconds = _handle(args).save(tag, live_tags)
+    if isinstance(seconds, float) and not (Path(_snapshot_root(args)) / f"{tag}.safetensors").exists():
+        _warn_once(
+            "local",
+            "DEPO: --ckpt.path %s is not the same folder on all nodes: the estimator's checkpoints lie in that of its "
+            "own node, and a resume finds them only if the estimator runs there again. Put --ckpt.path on a file "
+            "system that the nodes share.",
+            args.ckpt.path,
+        )
     if not isinstance(seconds, float):
         logger.warning(
             "DEPO: the estimator's checkpoint %s could not be written (%s); training goes on.",

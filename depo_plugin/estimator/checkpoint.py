@@ -8,11 +8,13 @@ whole new one. Functions take the path without its suffix, `<root>/<tag>`.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,8 @@ SUFFIX, PARTIAL = ".safetensors", ".partial"
 LATEST = "latest"
 PLAIN = "plain"  # the tensor with the JSON; the names of all others start with a digit
 DIGEST = "sha256"
+REFUSED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}  # a file system without such a call
+_warned: set[str] = set()  # of "flush" and "rename", what was refused and told
 
 
 class CheckpointError(RuntimeError):
@@ -79,24 +83,54 @@ def _digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write data as `path`, which is on the disk on return. If that fails (OSError), the old file is still there."""
+    """Write data as `path`, which is on the disk on return. If that fails (OSError), the old file is still there.
+
+    A file system that cannot flush, or cannot rename, costs that promise and one warning.
+    """
     partial = path.with_name(path.name + PARTIAL)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+            _flush(file.fileno(), path)
+        if not _attempt("rename", lambda: os.replace(partial, path), path):
+            path.write_bytes(data)
+            partial.unlink()
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too
+        _flush(folder, path)  # the new name, too
     finally:
         os.close(folder)
+
+
+def _flush(descriptor: int, path: Path) -> None:
+    _attempt("flush", lambda: os.fsync(descriptor), path)
+
+
+def _attempt(what: str, run: Callable[[], None], path: Path) -> bool:
+    """Run a call and return whether the file system has it; warn once if not."""
+    try:
+        run()
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        if what not in _warned:
+            logger.warning(
+                "DEPO: the file system of %s refuses to %s (%s): a checkpoint of the estimator may be lost if the "
+                "machine stops while it is written; then an older one is used. Put --ckpt.path on another file system "
+                "to mend that.",
+                path.parent,
+                what,
+                error,
+            )
+        _warned.add(what)
+        return False
+    return True
 
 
 def save(at: Path, state: dict) -> None:

@@ -41,9 +41,11 @@ class EstimatorActor:
         """Wait for build().
 
         args: OpenRLHF's arguments (args.depo holds our settings); group_size: responses per prompt; snapshot_root:
-        folder of our checkpoints; run: an id of this launch, by which it knows its own checkpoints.
+        folder of our checkpoints; a relative one is seen from this process, as OpenRLHF's own workers see theirs (with
+        `ray start`, Ray's workers run in another folder than the driver); run: an id of this launch, by which it knows
+        its own checkpoints.
         """
-        self.args, self.group_size, self.root, self.run = args, group_size, Path(snapshot_root), run
+        self.args, self.group_size, self.root, self.run = args, group_size, Path(snapshot_root).absolute(), run
         self.filter = PromptFilter(config.from_namespace(args.depo).filter, group_size)  # of shadow mode
         self.rejected: list[Label] = []
         self.judged: list[Label] = []
@@ -94,7 +96,8 @@ class EstimatorActor:
         strategy = deepspeed_strategy(self.args) if cfg.estimator.num_gpus > 0 else None
         if strategy is None:
             torch.set_num_threads(cfg.estimator.num_cpus)
-        cache = self.root.with_name("depo_embeddings")  # beside our checkpoints: pruning those must not touch it
+        # By default beside our checkpoints: pruning those must not touch it.
+        cache = Path(cfg.estimator.cache_dir or self.root.with_name("depo_embeddings"))
         return DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
 
     def _take_up_latest(self, made) -> None:
@@ -187,9 +190,9 @@ class EstimatorActor:
 def create(args, group_size: int, snapshot_root: str, placement_group=None):
     """Start the estimator's actor, owned by the calling process, and wait until it is placed and built.
 
-    If its process dies meanwhile, Ray restarts it, and the same call is sent again. Raises RuntimeError naming
-    the settings and what the cluster has free if it cannot be placed in PLACEMENT_TIMEOUT_S, and the reason if it
-    cannot be built.
+    If no CPU is free, it runs without reserving one. If its process dies meanwhile, Ray restarts it, and the same call
+    is sent again. Raises RuntimeError naming the settings and what the cluster has free if it cannot be placed in
+    PLACEMENT_TIMEOUT_S, and the reason if it cannot be built.
     """
     settings = args.depo.estimator
     options = {
@@ -203,6 +206,14 @@ def create(args, group_size: int, snapshot_root: str, placement_group=None):
         options["num_cpus"] = settings.num_gpus  # the shared bundles hold one CPU for each GPU
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
             placement_group=placement_group, placement_group_bundle_index=0
+        )
+    elif settings.num_gpus == 0 and (free := ray.available_resources().get("CPU", 0.0)) < settings.num_cpus:
+        options["num_cpus"] = 0
+        logger.warning(
+            "DEPO: the cluster has %g CPUs free, --depo.estimator.num_cpus is %d: the difficulty estimator reserves "
+            "none and shares those of other processes.",
+            free,
+            settings.num_cpus,
         )
     actor = ray.remote(EstimatorActor).options(**options).remote(args, group_size, snapshot_root, uuid.uuid4().hex)
     try:

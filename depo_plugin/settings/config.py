@@ -125,6 +125,9 @@ class EstimatorConfig:
     num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
     num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
     timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
+    cache_dir: str | None = setting(
+        None, "folder of the prompts' embeddings (none: depo_embeddings in --ckpt.path)", or_none(FILE)
+    )
     updates_per_step: int = setting(1, "optimizer steps of the estimator per training step", integer(0))
     replay: int = setting(256, "recent groups that each update learns from again (0: none, the paper)", integer(0))
 

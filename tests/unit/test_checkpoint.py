@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back exactly, what is damaged is refused by name, older ones stand in."""
 
+import errno
 import logging
 import math
 import os
@@ -211,6 +212,26 @@ def test_a_save_that_fails_leaves_the_tag_as_it_was(tmp_path, monkeypatch, call)
         checkpoint.save(tmp_path / "global_step1", {"tag": "new"})
     assert checkpoint.load(tmp_path / "global_step1")["tag"] == "global_step1"
     assert names(tmp_path) == ["global_step1.safetensors"]
+
+
+@pytest.mark.parametrize("refused", [["fsync"], ["replace"], ["fsync", "replace"]])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_without_flush_or_rename_costs_one_warning_each(tmp_path, monkeypatch, caplog, refused, code):
+    monkeypatch.setattr(checkpoint, "_warned", set())
+    save(tmp_path, "global_step1")
+
+    def refuse(*_):
+        raise OSError(code, "refused")
+
+    for call in refused:
+        monkeypatch.setattr(os, call, refuse)
+    for number in (2, 3):
+        checkpoint.save(tmp_path / "global_step1", {"tag": f"new {number}"})
+        assert checkpoint.load(tmp_path / "global_step1")["tag"] == f"new {number}"
+    assert names(tmp_path) == ["global_step1.safetensors"]
+    assert [message.split(" refuses to ")[1].split(" (")[0] for message in caplog.messages] == [
+        {"fsync": "flush", "replace": "rename"}[call] for call in refused
+    ]
 
 
 KILLED_IN_SAVE = """

@@ -54,7 +54,7 @@ def parse(*argv):
 
 
 def test_every_setting_has_help_a_kind_and_a_default_that_is_allowed():
-    assert len(config.SETTINGS) == 33
+    assert len(config.SETTINGS) == 34
     for leaf in config.SETTINGS.values():
         assert leaf.help
         assert "\n" not in leaf.help
@@ -132,6 +132,7 @@ def test_every_flag_is_read():
         "estimator.num_gpus": ("0.1", 0.1),
         "estimator.num_cpus": ("2", 2),
         "estimator.timeout_s": ("2.5", 2.5),
+        "estimator.cache_dir": (str(PRIOR.parent), str(PRIOR.parent)),
         "estimator.updates_per_step": ("3", 3),
         "estimator.replay": ("64", 64),
         "history.kappa": ("8", 8.0),
@@ -544,7 +545,7 @@ def any_value(leaf):
     if leaf.key == "estimator.model":
         texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(AWKWARD)
         return st.none() | texts.filter(lambda text: text.strip() and text not in ("none", "null"))
-    if leaf.key == "history.prior":
+    if leaf.key in ("history.prior", "estimator.cache_dir"):
         return st.none() | st.just(str(PRIOR))
     if leaf.key == "estimator.micro_batch_tokens":
         return st.none() | st.integers(1, 10**6)

@@ -400,12 +400,10 @@ def test_one_line_on_the_console_every_ten_steps_and_at_the_first_after_the_warm
     ]
 
 
-def test_the_start_writes_the_launchs_settings_without_what_can_be_secret(monkeypatch, tmp_path, caplog):
+def test_the_process_that_trains_writes_the_settings_without_what_can_be_secret(monkeypatch, tmp_path, caplog):
     """OpenRLHF's sections as they are after resolve(); a name with key, token, secret or password is left out."""
-    from depo_plugin.remote import actor
-
-    monkeypatch.setattr(seam, "SIGNATURES", {})
-    monkeypatch.setattr(actor, "create", lambda *args: "the actor")
+    monkeypatch.setattr(hooks, "_process", hooks.Process())
+    monkeypatch.setattr(seam, "report", lambda site, path: {"site": site})
     secrets = {
         "train.api_key": "hidden",
         "vllm.deep.HF_TOKEN": "hidden",
@@ -418,8 +416,10 @@ def test_the_start_writes_the_launchs_settings_without_what_can_be_secret(monkey
     plain = {"actor.eps_clip_low_high": (0.2, 0.3), "actor.lr": 1e-6, "eval.dataset": None, "vllm.deep.path": tmp_path}
     folder = {"ckpt.output_dir": str(tmp_path / "my model")}
     args = resolved("--depo.filter.low", "0.3", **plain | {"algo.limit": math.inf} | secrets | folder)
-    hooks.start_estimator(SimpleNamespace(args=args), None)
     path = tmp_path / "my model" / "depo" / "settings.json"
+    hooks.attach(args, "SamplesGenerator", "file")
+    assert not path.exists()
+    hooks.attach(args, "BasePPOTrainer", "file")
     text = path.read_text()
     assert "hidden" not in text
     found = json.loads(text)
@@ -434,19 +434,17 @@ def test_the_start_writes_the_launchs_settings_without_what_can_be_secret(monkey
     assert found["launch"]["ds"] == {"dict": {"rank": 8}}
     assert found["launch"]["vllm"] == {"num_engines": 1, "deep": {"path": str(tmp_path)}}
     assert found["launch"]["train"]["colocate_all"] is False
-    assert (hooks._process.driver_actor, caplog.messages) == ("the actor", [])
+    assert caplog.messages == []
 
 
 def test_settings_that_cannot_be_written_are_one_warning(monkeypatch, tmp_path, caplog):
-    from depo_plugin.remote import actor
-
-    monkeypatch.setattr(seam, "SIGNATURES", {})
-    monkeypatch.setattr(actor, "create", lambda *args: "the actor")
+    monkeypatch.setattr(hooks, "_process", hooks.Process())
+    monkeypatch.setattr(seam, "report", lambda site, path: {"site": site})
     (tmp_path / "depo").write_text("a file where the folder should be")
-    hooks.start_estimator(SimpleNamespace(args=resolved(**{"ckpt.output_dir": str(tmp_path)})), None)
+    for _ in range(2):
+        hooks.attach(resolved(**{"ckpt.output_dir": str(tmp_path)}), "BasePPOTrainer", "file")
     (warning,) = caplog.messages
     assert warning.startswith(f"DEPO: {tmp_path / 'depo' / 'settings.json'} cannot be written (")
-    assert hooks._process.driver_actor == "the actor"
 
 
 def test_save_names_the_tags_that_openrlhf_still_has(process, tmp_path):
@@ -465,9 +463,20 @@ def test_save_names_the_tags_that_openrlhf_still_has(process, tmp_path):
 )
 def test_a_save_that_fails_is_a_warning_that_names_the_tag_and_the_reason(answer, reason, process, tmp_path, caplog):
     process.handle.save_s = answer
+    (tmp_path / "depo").mkdir()
+    (tmp_path / "depo" / "global_step2.safetensors").touch()
     hooks.save(resolved(**{"ckpt.path": str(tmp_path)}), "global_step2")
     warning = f"DEPO: the estimator's checkpoint global_step2 could not be written ({reason}); training goes on."
     assert caplog.messages == ([warning] if reason else [])
+
+
+def test_a_checkpoint_folder_that_each_node_has_for_itself_is_told_once(process, tmp_path, caplog):
+    """The estimator has written its file, and the process that trains does not see it."""
+    process.handle.save_s = 0.5
+    for tag in ("global_step2", "global_step4"):
+        hooks.save(resolved(**{"ckpt.path": str(tmp_path)}), tag)
+    (warning,) = caplog.messages
+    assert f"--ckpt.path {tmp_path} is not the same folder on all nodes" in warning
 
 
 def test_a_run_that_does_not_resume_loads_nothing(process):

@@ -254,13 +254,23 @@ def test_a_dead_estimator_comes_back_with_its_newest_checkpoint(how, actor, args
 def test_an_estimator_that_cannot_be_placed_names_the_flags(actor, args, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_actor, "PLACEMENT_TIMEOUT_S", 3)
     monkeypatch.setattr(remote_handle, "actor_name", lambda: "another_estimator")
-    big = arguments(args.depo.estimator.model, tmp_path, **{"estimator.num_cpus": 64})
+    big = arguments(args.depo.estimator.model, tmp_path, **{"estimator.num_gpus": 0.5})
     with pytest.raises(RuntimeError) as error:
         remote_actor.create(big, GROUP, str(tmp_path))
     told = str(error.value)
     assert told.startswith("DEPO: the difficulty estimator was not placed within 3 s.")
-    assert "--depo.estimator.num_gpus 0.0 and --depo.estimator.num_cpus 64" in told
+    assert "--depo.estimator.num_gpus 0.5 and --depo.estimator.num_cpus 1" in told
     assert "the cluster has free: {" in told
     assert "'CPU': 1.0" in told  # of 2: the estimator of the other tests has one
-    with pytest.raises(ValueError, match="another_estimator"):  # nothing is left that waits for 64 CPUs
+    with pytest.raises(ValueError, match="another_estimator"):  # nothing is left that waits for a GPU
         remote_handle.connect(1)
+
+
+def test_without_a_free_cpu_it_reserves_none(start, args, tmp_path, caplog):
+    """In a folder of its own, a relative checkpoint path is the worker's, and embeddings go where they are told."""
+    wanted = {"estimator.num_cpus": 64, "estimator.cache_dir": str(tmp_path / "embeddings")}
+    _, handle = start(arguments(args.depo.estimator.model, tmp_path, **wanted))
+    (warning,) = warnings_of(caplog)
+    assert "--depo.estimator.num_cpus is 64: the difficulty estimator reserves none" in warning
+    assert score(handle).updates == 0
+    assert (tmp_path / "embeddings").is_dir()
