@@ -5,7 +5,7 @@
 
 Everything after the first -- is the launch's own command line. Run this in the launch's folder, with its Python. One
 line per check says OK, WARN or FAIL, and how to mend it: the copy of OpenRLHF, flags (through OpenRLHF's own parser
-and validation), the data set (a row through the chat template), the reward (called once on that row), GPUs and CPUs, the
+and validation), the data set (a row through the chat template), the reward (called once on that row), GPUs, CPUs, the
 checkpoint folder and its disk, the encoder and its speed. Nothing is trained, and Ray is not started.
 
 Exit status: 0 if nothing fails, 1 if a check fails, 2 if the options are wrong.
