@@ -21,10 +21,10 @@ OUT=${OUT:-$PWD/runs/depo-math}
 GPUS=${GPUS:-8}
 
 flags=(
-    # DEPO. The estimator uses this share of one GPU; with 0 it runs on one CPU core.
+    # DEPO. The estimator runs on the CPU: a share of a GPU (--depo.estimator.num_gpus 0.1) has not been run yet.
     --advantage_estimator depo
     --depo.config "$DEPO_CONFIG"
-    --depo.estimator.num_gpus 0.1
+    --depo.estimator.threads 8
 
     # Placement: policy and vLLM share the GPUs, and each sleeps while the other one works.
     --train.colocate_all

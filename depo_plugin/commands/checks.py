@@ -340,12 +340,13 @@ def check_encoder(args: Any, prompts: list[str]) -> Check:
     import torch
 
     from depo_plugin.estimator.text_model import TextModel
+    from depo_plugin.remote.actor import default_threads
     from depo_plugin.settings import config
 
     cfg = config.from_namespace(args.depo).estimator
     name = cfg.model or "the bundled encoder"
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(cfg.num_cpus)))
+    torch.set_num_threads(cfg.threads or default_threads())
     try:
         model = TextModel(cfg, args.train.seed)
         if not prompts:
@@ -362,6 +363,6 @@ def check_encoder(args: Any, prompts: list[str]) -> Check:
         f"{needed:.0f}: {needed / rate:.0f} s a step, beside the rollouts"
     )
     if needed / rate > cfg.timeout_s:
-        fix = "--depo.estimator.num_cpus, --depo.estimator.num_gpus 0.1, or a shorter --depo.estimator.max_length"
+        fix = "more --depo.estimator.threads, --depo.estimator.num_gpus 0.1, or a shorter --depo.estimator.max_length"
         return Check("encoder", WARN, f"{said}, more than --depo.estimator.timeout_s {cfg.timeout_s:g}", fix)
     return Check("encoder", OK, said)

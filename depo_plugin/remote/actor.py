@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import time
 import uuid
 from collections import Counter
@@ -23,6 +24,7 @@ logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and
 
 PLACEMENT_TIMEOUT_S = 120
 BUILD_TIMEOUT_S = 600  # at the start; a first build may compile DeepSpeed's operators
+MOST_THREADS = 4  # by default: the models' own processes need the other cores
 RETRY_S = 60.0  # after a build that failed, until the next try
 
 
@@ -95,7 +97,7 @@ class EstimatorActor:
         cfg = config.from_namespace(self.args.depo)
         strategy = deepspeed_strategy(self.args) if cfg.estimator.num_gpus > 0 else None
         if strategy is None:
-            torch.set_num_threads(cfg.estimator.num_cpus)
+            torch.set_num_threads(cfg.estimator.threads or default_threads())
         # By default beside our checkpoints: pruning those must not touch it.
         cache = Path(cfg.estimator.cache_dir or self.root.with_name("depo_embeddings"))
         return DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
@@ -185,6 +187,11 @@ class EstimatorActor:
         used, state = found
         made.load_state_dict(state)
         return Loaded(used)
+
+
+def default_threads() -> int:
+    """Return how many CPU threads the estimator uses unless told: half of this node's cores, at most MOST_THREADS."""
+    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
 
 
 def create(args, group_size: int, snapshot_root: str, placement_group=None):

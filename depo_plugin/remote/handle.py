@@ -203,7 +203,7 @@ class RemoteEstimator:
     def _warn(self, error: Exception) -> None:
         logger.warning(
             "DEPO: the difficulty estimator did not answer (%s: %s). Training goes on, without filtering while there "
-            "are no scores. If it is only slow, raise --depo.estimator.timeout_s or num_cpus.",
+            "are no scores. If it is only slow, raise --depo.estimator.timeout_s or threads.",
             type(error).__name__,
             last_line(error),
         )

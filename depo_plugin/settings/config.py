@@ -123,7 +123,10 @@ class EstimatorConfig:
         "auto", "precision of the encoder (auto: the faster one on this machine)", choice("auto", "fp32", "bf16")
     )
     num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
-    num_cpus: int = setting(1, "CPU cores for the estimator", integer(1))
+    num_cpus: int = setting(1, "CPU cores that Ray reserves for the estimator", integer(1))
+    threads: int | None = setting(
+        None, "CPU threads of the estimator (none: half of its node's cores, at most 4)", or_none(integer(1))
+    )
     timeout_s: float = setting(60.0, "seconds to wait for scores before going on unfiltered", POSITIVE)
     cache_dir: str | None = setting(
         None, "folder of the prompts' embeddings (none: depo_embeddings in --ckpt.path)", or_none(FILE)
@@ -358,7 +361,7 @@ def summary(cfg: DepoConfig, args: Any, named: str | None) -> list[str]:
         "soft": f"soft, all from a utility of {filter.soft_utility:g} on",
     }.get(filter.rule, filter.rule)
     est = cfg.estimator
-    place = f"{est.num_gpus:g} of a GPU" if est.num_gpus else f"{est.num_cpus} CPU core{'s' * (est.num_cpus > 1)}"
+    place = f"{est.num_gpus:g} of a GPU" if est.num_gpus else "the CPU"
     shadow = "in shadow mode (nothing is filtered or weighted; the log says what would be)"
     lines = [
         f"DEPO is {shadow if args.depo.shadow else 'on'}: advantages by {base}{source}; filter rule {rule}, after "

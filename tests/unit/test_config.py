@@ -54,7 +54,7 @@ def parse(*argv):
 
 
 def test_every_setting_has_help_a_kind_and_a_default_that_is_allowed():
-    assert len(config.SETTINGS) == 34
+    assert len(config.SETTINGS) == 35
     for leaf in config.SETTINGS.values():
         assert leaf.help
         assert "\n" not in leaf.help
@@ -131,6 +131,7 @@ def test_every_flag_is_read():
         "estimator.dtype": ("bf16", "bf16"),
         "estimator.num_gpus": ("0.1", 0.1),
         "estimator.num_cpus": ("2", 2),
+        "estimator.threads": ("3", 3),
         "estimator.timeout_s": ("2.5", 2.5),
         "estimator.cache_dir": (str(PRIOR.parent), str(PRIOR.parent)),
         "estimator.updates_per_step": ("3", 3),
@@ -547,7 +548,7 @@ def any_value(leaf):
         return st.none() | texts.filter(lambda text: text.strip() and text not in ("none", "null"))
     if leaf.key in ("history.prior", "estimator.cache_dir"):
         return st.none() | st.just(str(PRIOR))
-    if leaf.key == "estimator.micro_batch_tokens":
+    if leaf.key in ("estimator.micro_batch_tokens", "estimator.threads"):
         return st.none() | st.integers(1, 10**6)
     if leaf.key == "advantage.base":
         return st.none() | st.sampled_from(list(advantage.BASES))

@@ -158,9 +158,9 @@ OWN_BASE = "--depo.advantage.base dr_grpo --depo.estimator.num_cpus 4"
 @pytest.mark.parametrize(
     ("base", "flags", "advantage", "rule", "place"),
     [
-        (None, "", "group_norm (the launch names none)", "window 0.15 to 0.85, after 5", "1 CPU core"),
+        (None, "", "group_norm (the launch names none)", "window 0.15 to 0.85, after 5", "the CPU"),
         ("rloo", UTILITY, "rloo", "utility of at least 0.5, after 9", "0.1 of a GPU"),
-        (None, OWN_BASE, "dr_grpo (--depo.advantage.base)", "window 0.15 to 0.85, after 5", "4 CPU cores"),
+        (None, OWN_BASE, "dr_grpo (--depo.advantage.base)", "window 0.15 to 0.85, after 5", "the CPU"),
     ],
 )
 def test_one_line_says_what_depo_does(base, flags, advantage, rule, place, capsys):
