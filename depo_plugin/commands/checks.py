@@ -1,6 +1,7 @@
 """The checks of `depo doctor`: each looks at one thing that a launch needs, and says what it saw.
 
-They use OpenRLHF's own parser, validation, tokenizer, data set and reward call, in this process, without Ray.
+They use OpenRLHF's own parser, validation, tokenizer, data set and reward call, in this process, without Ray. So does
+`depo embed`, to get at the prompts.
 """
 
 import contextlib
@@ -128,34 +129,43 @@ def _stop(args: Any) -> None:
     raise _Parsed(args)
 
 
-def check_data(args: Any, prompts: list[str], labels: list[Any]) -> Check:
-    """Read the data set as OpenRLHF does, a sample through the chat template, which fills prompts and labels."""
-    from openrlhf.datasets.prompts_dataset import PromptDataset
+def rows_of(args: Any) -> Any:
+    """Return the launch's rows (a datasets.Dataset), read as OpenRLHF reads them."""
     from openrlhf.datasets.utils import blending_datasets
-    from openrlhf.utils.utils import get_tokenizer
 
-    strategy = SimpleNamespace(args=args, print=lambda *words: None, is_rank_0=lambda: False)
-    rows = blending_datasets(
+    return blending_datasets(
         args.data.prompt_dataset,
         args.data.prompt_probs,
-        strategy,
+        SimpleNamespace(args=args, print=lambda *words: None, is_rank_0=lambda: False),
         args.train.seed,
         max_count=args.data.max_samples,
         dataset_split=args.data.prompt_split,
     )
+
+
+def prompt_dataset(args: Any, rows: Any, **changes: Any) -> Any:
+    """Return OpenRLHF's PromptDataset of these rows, through the chat template. changes: of args.data."""
+    from openrlhf.datasets.prompts_dataset import PromptDataset
+    from openrlhf.utils.utils import get_tokenizer
+
+    data = SimpleNamespace(**(vars(args.data) | changes))
+    strategy = SimpleNamespace(args=SimpleNamespace(data=data), is_rank_0=lambda: False)
+    fast = not args.data.disable_fast_tokenizer
+    tokenizer = get_tokenizer(args.actor.model_name_or_path, None, "left", strategy, use_fast=fast)
+    return PromptDataset(rows, tokenizer, strategy, input_template=args.data.input_template)
+
+
+def check_data(args: Any, prompts: list[str], labels: list[Any]) -> Check:
+    """Read the data set as OpenRLHF does, a sample through the chat template, which fills prompts and labels."""
+    rows = rows_of(args)
     needed = [key for key in (args.data.input_key, args.data.label_key) if key]
     missing = [key for key in needed if key not in rows.column_names]
     if args.data.input_key not in missing:
-        tokenizer = get_tokenizer(
-            args.actor.model_name_or_path, None, "left", strategy, use_fast=not args.data.disable_fast_tokenizer
-        )
-        keys = {"label_key": None if args.data.label_key in missing else args.data.label_key}
-        strategy.args = SimpleNamespace(data=SimpleNamespace(**(vars(args.data) | keys)))
         few = rows.select(range(min(SAMPLE, len(rows))))
-        dataset = PromptDataset(few, tokenizer, strategy, input_template=args.data.input_template)
-        for _, prompt, label, _ in (dataset[i] for i in range(len(dataset))):
-            prompts.append(prompt)
-            labels.append(label)
+        label_key = None if args.data.label_key in missing else args.data.label_key
+        dataset = prompt_dataset(args, few, label_key=label_key)
+        prompts += dataset.prompts
+        labels += dataset.labels
     if missing:
         return Check(
             "data",

@@ -14,6 +14,7 @@ from depo_plugin import __version__
 COMMANDS = {
     "backtest": "predict the groups of a log, then reveal them: would DEPO have helped?",
     "doctor": "check a launch on this machine before it starts",
+    "embed": "embed a launch's prompts ahead of the run",
     "score": "write what an estimator's checkpoint believes of each prompt's pass rate",
     "config": "print the effective DEPO settings",
     "patch": "put the DEPO call sites into OpenRLHF, check them, take them out",

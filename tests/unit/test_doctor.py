@@ -14,6 +14,8 @@ from nested_args import nested
 
 from depo_plugin.commands import checks, doctor
 from depo_plugin.commands.cli import main
+from depo_plugin.estimator.text_model import TextModel
+from depo_plugin.settings.config import EstimatorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 OK, WARN, FAIL = checks.OK, checks.WARN, checks.FAIL
@@ -95,6 +97,22 @@ def test_a_launch_with_five_planted_mistakes(patched_copy, tmp_path):
     assert "a file" in found["folder"].said
     assert found["encoder"].status == WARN
     assert all(check.fix for check in found.values() if check.status != OK)
+
+
+@pytest.mark.wheel
+@pytest.mark.slow
+def test_prompts_are_embedded_ahead_into_the_folder_of_the_launch(patched_copy, tmp_path):
+    """The second time there is nothing to do; the launch's estimator finds every row."""
+    paths = os.pathsep.join([str(patched_copy), str(ROOT), str(ROOT / "scripts/quickstart")])
+    env = os.environ | {"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    template = ("--data.input_template", "Q: {}", "--depo.estimator.dtype", "fp32")
+    command = [sys.executable, "-m", "depo_plugin.commands.cli", "embed", "--", *words(tmp_path, *template)]
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+    folder = tmp_path / "checkpoints" / "depo_embeddings"
+    assert run.stdout.splitlines()[-1] == f"{folder}: 40 prompts are embedded"
+    model = TextModel(EstimatorConfig(dtype="fp32"), 7, cache_dir=folder)
+    model._encode = None  # not called: every row is there
+    assert len(model.embed([f"Q: {i}+{i}=" for i in range(40)])) == 40
 
 
 @pytest.mark.wheel

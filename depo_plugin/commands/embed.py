@@ -1,0 +1,63 @@
+"""Embed a launch's prompts ahead of the run, so that no step waits for the encoder.
+
+  depo embed -- python3 -m openrlhf.cli.train_ppo_ray ... --advantage_estimator depo
+
+Everything after the first -- is the launch's own command line. Run this in the launch's folder, with its Python, on a
+machine whose CPU is like that of the estimator's node (the precision is chosen by the CPU, unless
+--depo.estimator.dtype names one). The embeddings go to the folder in which the launch looks for them:
+--depo.estimator.cache_dir, or depo_embeddings in --ckpt.path. All cores are used. Prompts that are there already are
+passed over, so it can be stopped and started again. In mode finetune there is nothing to embed ahead.
+
+Exit status: 0 if done, 1 if the launch's flags or data cannot be used, 2 if the options are wrong.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from depo_plugin.commands import checks, doctor
+
+BATCH = 64  # prompts from one look at the progress bar to the next
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `depo embed`."""
+    parser.add_argument("launch", nargs="+", metavar="COMMAND", help="after --: the launch's own command line")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `depo embed` and return the exit status."""
+    flags = doctor.flags_of(args.launch)
+    if flags is None:
+        print(f"depo embed: after --, give the launch's command line, with {doctor.TRAINER} in it.")
+        return 2
+    check, launch = checks.check_flags(flags)
+    if launch is None:
+        print(f"depo embed: {check.said}. To mend it: {check.fix}", file=sys.stderr)
+        return 1
+    if launch.depo.estimator.mode != "frozen":
+        print("depo embed: --depo.estimator.mode finetune keeps no embeddings: nothing to do.")
+        return 0
+    prompts = checks.prompt_dataset(launch, checks.rows_of(launch)).prompts
+    folder = Path(launch.depo.estimator.cache_dir or Path(launch.ckpt.path) / "depo_embeddings")
+    fill(launch, prompts, folder)
+    print(f"{folder}: {len(prompts):,} prompts are embedded")
+    return 0
+
+
+def fill(launch, prompts: list[str], folder: Path) -> None:
+    """Embed prompts into the cache in `folder`, with a progress bar. launch: OpenRLHF's arguments after resolve()."""
+    import torch
+    from tqdm import tqdm
+
+    from depo_plugin.estimator.text_model import TextModel
+    from depo_plugin.settings import config
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model = TextModel(config.from_namespace(launch.depo).estimator, launch.train.seed, cache_dir=folder)
+    with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
+        for start in range(0, len(prompts), BATCH):
+            part = prompts[start : start + BATCH]
+            model.embed(part)
+            bar.update(len(part))
