@@ -4,12 +4,13 @@ real stack from the checkpoint that OpenRLHF goes on from."""
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import tempfile
 import time
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,23 +186,35 @@ class BetweenTheSaves:
         return True
 
 
-def test_the_real_stack_killed_between_both_saves_goes_on_from_the_older_checkpoint(tmp_path):
-    """kill -9 of every process after step 6, when the estimator was saved and the policy was not: on from step 3.
+SETTINGS = ["--train.num_episodes", "1", "--eval.steps", "-1", "--ckpt.save_steps", "3"]
+WARMUP = ["--depo.filter.warmup_steps", "2"]
 
-    The batches of steps 1 to 3 were trained for good. The next is the one that the killed run trained, and from there
-    on the stream of prompts goes on without a gap: vLLM's samples are not repeatable, so what is kept may differ.
-    """
-    out, root = tmp_path / "killed", tmp_path / "killed" / "checkpoints"
-    settings = ["--train.num_episodes", "1", "--eval.steps", "-1", "--ckpt.save_steps", "3", "--ckpt.path", str(root)]
-    settings += ["--depo.filter.warmup_steps", "2"]
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory):
+    """A launch that was killed after step 6, when the estimator was saved and the policy was not; the next one; and
+    what OpenRLHF had saved of its loop in between."""
+    folder = tmp_path_factory.mktemp("lives")
+    out, root = folder / "killed", folder / "killed" / "checkpoints"
+    settings = [*SETTINGS, *WARMUP, "--ckpt.path", str(root)]
     killed = launch(out, base_flags(out, *settings), kill_when=BetweenTheSaves(6, root))
     assert killed.status == -signal.SIGKILL
     assert (root / "_actor" / "latest").read_text() == "global_step3"
     assert tags(root / "depo") == {"global_step3", "global_step6"}
     saved = client_states(out, "global_step3")
-
-    resumed = launch(tmp_path / "resumed", base_flags(tmp_path / "resumed", *settings, "--ckpt.load_enable"))
+    resumed = launch(folder / "resumed", base_flags(folder / "resumed", *settings, "--ckpt.load_enable"))
     assert resumed.status == 0, resumed.output[-5000:]
+    return killed, resumed, saved
+
+
+def test_the_real_stack_killed_between_both_saves_goes_on_from_the_older_checkpoint(killed_and_resumed):
+    """kill -9 of every process after step 6, when the estimator was saved and the policy was not: on from step 3.
+
+    The batches of steps 1 to 3 were trained for good. The next is the one that the killed run trained, and from there
+    on the stream of prompts goes on without a gap: vLLM's samples are not repeatable, so what is kept may differ.
+    """
+    killed, resumed, saved = killed_and_resumed
+    out, root = killed.out, killed.out / "checkpoints"
     assert "DEPO: estimator resumed from global_step3" in resumed.output
     assert [row["step"] for row in resumed.steps] == [*range(4, 11)]
     assert resumed.metrics[0]["depo/updates"] == saved["global_step"] == 3
@@ -220,3 +233,24 @@ def test_the_real_stack_killed_between_both_saves_goes_on_from_the_older_checkpo
     again = places(stream, after, most, start=cursor, known={6: later})
     assert len(again) == 7
     assert again[-1][1] - cursor > 7 * BATCH  # the filter did something
+
+
+def test_depo_is_switched_off_and_on_again_from_launch_to_launch(killed_and_resumed, tmp_path):
+    """Off, with twice the batch, after step 9: OpenRLHF's own loader passes once over the pool in five steps. On again
+    after step 12, in the middle of that pass: the rest of the episode, with what the estimator knew at step 9."""
+    root = shutil.copytree(killed_and_resumed[0].out / "checkpoints", tmp_path / "checkpoints")
+    settings = [*SETTINGS, "--ckpt.path", str(root), "--ckpt.load_enable"]
+    larger = ["--rollout.batch_size", str(2 * BATCH), "--train.batch_size", str(2 * BATCH * GROUP)]
+    off = launch(tmp_path / "off", base_flags(tmp_path / "off", *settings, *larger, method="grpo"))
+    assert off.status == 0, off.output[-5000:]
+    assert [row["step"] for row in off.steps] == [*range(10, 15)]
+    assert Counter(off.asked) == Counter(GROUP * problems(off.out / "data" / "train.jsonl"))
+    assert not any("depo/keep_rate" in row for row in off.steps)
+
+    on = launch(tmp_path / "on", base_flags(tmp_path / "on", *settings, *WARMUP))
+    assert on.status == 0, on.output[-5000:]
+    assert f"written without DEPO: its episode goes on after {3 * 2 * BATCH} prompts" in on.output
+    assert "estimator checkpoint global_step12 is missing or damaged, global_step9 is used instead" in on.output
+    assert [row["step"] for row in on.steps] == [*range(13, 17)]
+    assert on.metrics[0]["depo/updates"] == 9
+    assert on.metrics[-1]["depo/keep_rate"] < 1
