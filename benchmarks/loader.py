@@ -45,7 +45,7 @@ class Scorer:
         self.seconds, self.candidates, self.scanned = 0.0, 0, 0
         self._a = np.random.default_rng(0).uniform(0.05, 7.95, 4096)
 
-    def score_async(self, prompts: list[str], labels: list[str]) -> SimpleNamespace:
+    def score_async(self, prompts: list[str], labels: list[str], waited_for: bool = False) -> SimpleNamespace:
         start = time.perf_counter()
         a_B = np.resize(np.roll(self._a, self.candidates), len(prompts))
         self.candidates += len(prompts)

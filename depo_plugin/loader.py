@@ -163,10 +163,13 @@ class DifficultyFilteredLoader:
 
     # ── Scores ──
 
-    def _ask(self, count: int) -> Asked:
+    def _ask(self, count: int, waited_for: bool = False) -> Asked:
         items = [self._stream.item(position) for position in range(self._cursor, self._cursor + count)]
-        pending = self._estimator.score_async([item.prompt for item in items], [item.label for item in items])
-        return Asked(items, pending)
+        return Asked(items, self._scores_of(items, waited_for))
+
+    def _scores_of(self, items: list[Item], waited_for: bool) -> PendingScores:
+        prompts, labels = [item.prompt for item in items], [item.label for item in items]
+        return self._estimator.score_async(prompts, labels, waited_for)
 
     def _first_count(self) -> int:
         """Return how many candidates to ask about first: one batch in warm-up, then what a batch should need."""
@@ -187,7 +190,7 @@ class DifficultyFilteredLoader:
         while kept < self._batch_size and len(scanned) < self._scan_limit:
             if self._asked is None:
                 most = self._batch_size if scanned else self._first_count()
-                self._asked = self._ask(min(most, self._scan_limit - len(scanned)))
+                self._asked = self._ask(min(most, self._scan_limit - len(scanned)), waited_for=True)
             asked, self._asked = self._asked, None
             for candidate in self._decided(asked):
                 scanned.append(candidate)
@@ -213,9 +216,21 @@ class DifficultyFilteredLoader:
         scores = asked.scores()
         if scores is not None:
             self._updates = scores.updates
+            if self._updates >= self._cfg.warmup_steps:
+                scores = self._with_late_ones(asked.items, scores)
         uniform_B = np.array([self._stream.uniform(position) for position in positions])
         judged = self._filter.judge(scores, [item.datasource for item in asked.items], uniform_B)
         return [Candidate(*row) for row in zip(positions, asked.items, judged, strict=True)]
+
+    def _with_late_ones(self, items: list[Item], scores: Scores) -> Scores:
+        """Ask once more for what the estimator had no time to read: it may have read it since."""
+        late = np.flatnonzero(np.isnan(scores.a))
+        found = self._scores_of([items[i] for i in late], True).result() if len(late) else None
+        if found is None:
+            return scores
+        a, b, visits = (np.array(x, np.float64) for x in scores[:3])
+        a[late], b[late], visits[late] = found.a, found.b, found.visits
+        return Scores(a, b, visits, scores.updates)
 
     def _watch_forced(self, scanned: list[Candidate], forced: bool) -> None:
         """Warn once if FORCED_IN_A_ROW batches in a row had to be filled up."""
@@ -250,8 +265,8 @@ class DifficultyFilteredLoader:
             asked = {"count": len(self._asked.items), "scores": None}
             scores = self._asked.scores()
             if scores is not None:
-                a, b, visits = (np.asarray(x, np.float64).tolist() for x in scores[:3])
-                asked["scores"] = {"a": a, "b": b, "visits": visits, "updates": int(scores.updates)}
+                told = {name: _plain(getattr(scores, name)) for name in ("a", "b", "visits")}
+                asked["scores"] = told | {"updates": int(scores.updates)}
         return plain_state(self._workers) | {
             STATE: {
                 "batch_size": self._batch_size,
@@ -350,6 +365,11 @@ class DifficultyFilteredLoader:
             "over the pool.",
             self._served,
         )
+
+
+def _plain(x: Any) -> list[float | None]:
+    """Return numbers as a list, None for NaN, which JSON does not have."""
+    return [None if np.isnan(value) else value for value in np.asarray(x, np.float64).tolist()]
 
 
 def plain_state(workers: int) -> dict:

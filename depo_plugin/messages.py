@@ -104,7 +104,8 @@ class Label:
 class Scores(NamedTuple):
     """Beliefs about prompts: Beta(a, b) over each one's pass rate, float64 (B,), after `updates` updates.
 
-    visits: float64 (B,), in how many updates each prompt was learned from.
+    a and b are NaN for a prompt that there was no time to read; visits: float64 (B,), in how many updates each prompt was
+    learned from.
     """
 
     a: np.ndarray
@@ -123,8 +124,11 @@ class PendingScores(Protocol):
 class EstimatorHandle(Protocol):
     """What the loader needs of an estimator: a RemoteEstimator in a run, an object beside it in replay and tests."""
 
-    def score_async(self, prompts: Sequence[str], labels: Sequence[str]) -> PendingScores:
-        """Ask for the scores of these prompts without waiting. labels: their reference answers, as text."""
+    def score_async(self, prompts: Sequence[str], labels: Sequence[str], waited_for: bool = False) -> PendingScores:
+        """Ask for the scores of these prompts without waiting. labels: their reference answers, as text.
+
+        waited_for: whether result() is called at once, so that the estimator should be quick rather than complete.
+        """
 
     def record(self, records: list[Record]) -> None:
         """Take the decisions on one scanned batch."""

@@ -90,7 +90,7 @@ class LoaderMethod:
 
     # ── The loader's handle ──
 
-    def score_async(self, prompts: list[str], labels: list[str]) -> Done:
+    def score_async(self, prompts: list[str], labels: list[str], waited_for: bool = False) -> Done:
         """Score at once."""
         start = time.perf_counter()
         scores = self._learner.score(prompts, labels)

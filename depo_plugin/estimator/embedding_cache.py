@@ -22,6 +22,7 @@ FILE = "rows.sqlite3"
 TIMEOUT_S = 30.0  # for other processes' writes
 # No INTEGER PRIMARY KEY: that would order the rows themselves by key, and each new one would go between others.
 TABLE = "CREATE TABLE IF NOT EXISTS rows (key INTEGER UNIQUE, row BLOB)"
+KNOWN = "SELECT key FROM rows WHERE key IN (SELECT value FROM json_each(?))"
 READ = "SELECT key, row FROM rows WHERE key IN (SELECT value FROM json_each(?))"
 WRITE = "INSERT OR IGNORE INTO rows VALUES (?, ?)"  # of two processes that embed the same text, the first counts
 
@@ -77,6 +78,12 @@ class EmbeddingCache:
 
     def __len__(self) -> int:
         return self._db.execute("SELECT count(*) FROM rows").fetchone()[0]
+
+    def known(self, keys_B: np.ndarray) -> np.ndarray:
+        """Return which of these keys have a row, bool (B,). keys_B: uint64."""
+        keys = keys_B.view(np.int64).tolist()  # SQLite's integers are signed
+        found = self._attempt("read", lambda: {key for (key,) in self._db.execute(KNOWN, [json.dumps(keys)])}) or set()
+        return np.array([key in found for key in keys], bool)
 
     def get(self, keys_B: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Return the rows of these keys, float16 (B, E).

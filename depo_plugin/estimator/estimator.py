@@ -8,6 +8,7 @@ decisions (ledger.py). A plain object, no Ray. Every use of chance is seeded by 
 of chance is a counter. Suffixes: B = prompts of one call, E = the encoder's width.
 """
 
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -74,16 +75,28 @@ class DifficultyEstimator:
 
     # ── What the loader asks ──
 
-    def score(self, prompts: list[str], labels: list[str]) -> Scores:
+    def score(self, prompts: list[str], labels: list[str], seconds: float | None = None) -> Scores:
         """Return what is believed of each prompt's pass rate, from its text and its own history.
 
-        labels: the reference answers; a prompt is identified by both. Raises EstimatorError on NaN.
+        labels: the reference answers; a prompt is identified by both; seconds: for reading new prompts, None: as long as
+        it takes. Prompts that are not embedded then have a and b NaN. Raises EstimatorError if a score is NaN.
         """
         start = time.perf_counter()
         keys = [prompt_key(prompt, label) for prompt, label in zip(prompts, labels, strict=True)]
-        a_B, b_B = self.belief.predict(keys, *self._text(prompts), self.updates)
+        a_B, b_B = self._believed(keys, prompts, seconds)
         self._time_score += time.perf_counter() - start
         return Scores(a_B, b_B, self.belief.visits(keys, self.updates), self.updates)
+
+    def _believed(self, keys: list[int], prompts: list[str], seconds: float | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return a_B and b_B; NaN for prompts that cannot be embedded in so many seconds."""
+        if seconds is None:
+            return self.belief.predict(keys, *self._text(prompts), self.updates)
+        known = np.flatnonzero(self.text.prepare(prompts, seconds)).tolist()
+        a_B, b_B = np.full(len(keys), np.nan), np.full(len(keys), np.nan)
+        if known:
+            text = self._text([prompts[i] for i in known])
+            a_B[known], b_B[known] = self.belief.predict([keys[i] for i in known], *text, self.updates)
+        return a_B, b_B
 
     def record(self, records: list[Record]) -> None:
         """Take the decisions on one planned batch."""
@@ -95,13 +108,20 @@ class DifficultyEstimator:
 
     # ── What comes back ──
 
-    def judge(self, labels: list[Label], dropped: int = 0, rejected: list[Label] | None = None) -> Judgement:
+    def judge(
+        self,
+        labels: list[Label],
+        dropped: int = 0,
+        rejected: list[Label] | None = None,
+        seconds: float | None = None,
+    ) -> Judgement:
         """Compare one step's groups with what was predicted of them; return the step's metrics and group lines.
 
         A group is judged by the prediction that its decision was made by, or by a new one if that is not on record.
         labels: of the groups that are trained on; rejected: of groups that dynamic filtering threw away; dropped:
-        groups of this step that have no label. Losses are those of the last learn(). Raises ValueError if a label's y
-        is not in [0, 1] or its n is below 1.
+        groups of this step that have no label; seconds: as in score(), for new predictions; without one a group is not
+        judged. Losses are those of the last learn(). Raises ValueError if a label's y is not in [0, 1] or its n is
+        below 1.
         """
         trained_on, labels = len(labels), labels + (rejected or [])
         for label in labels:
@@ -114,7 +134,7 @@ class DifficultyEstimator:
         y_B = np.array([label.y for label in labels])
         signal_B = np.array([label.signal for label in labels])
         kept = self.ledger.take(labels, warn=self.updates >= self._cfg.filter.warmup_steps)
-        p_B, v_B = self._predicted(labels, kept)
+        p_B, v_B = self._predicted(labels, kept, seconds)
         metrics = prediction_metrics(p_B, v_B, y_B, signal_B)
         metrics |= self.ledger.metrics(kept, y_B, signal_B, self._group_size)
         trained = [label.key for label in labels if label.d is not None]
@@ -129,8 +149,8 @@ class DifficultyEstimator:
         line: dict[str, Any] = {
             "key": f"{label.key:016x}",
             "source": entry.source if entry else None,
-            "p": float(f"{p:.6g}"),
-            "v": float(f"{v:.6g}"),
+            "p": None if math.isnan(p) else float(f"{p:.6g}"),
+            "v": None if math.isnan(v) else float(f"{v:.6g}"),
             "q": float(f"{entry.q:.6g}") if entry else 1.0,
             "reason": entry.reason if entry else None,
             "y": float(label.y),
@@ -145,10 +165,18 @@ class DifficultyEstimator:
             line |= {"prompt": label.prompt, "label": label.label}
         return line
 
-    def learn(self, labels: list[Label]) -> None:
-        """Learn from one step's groups: first the belief, then the text model. An empty list changes nothing."""
+    def learn(self, labels: list[Label], seconds: float | None = None) -> int:
+        """Learn from one step's groups: first the belief, then the text model. An empty list changes nothing.
+
+        seconds: as in score(). Return how many groups were not learned from, because their prompts are not embedded.
+        """
+        given = len(labels)
+        if seconds is not None:
+            known_B = self.text.prepare([label.prompt for label in labels], seconds)
+            labels = [label for label, known in zip(labels, known_B, strict=True) if known]
         if not labels:
-            return
+            self.updates += given > 0  # a step all the same: warm-up ends, if late
+            return given
         keys = [label.key for label in labels]
         n_B = np.array([label.n for label in labels], np.float64)
         y_B = np.array([label.y for label in labels])
@@ -159,6 +187,7 @@ class DifficultyEstimator:
         self._losses = self._train(groups, x_BE)
         self._recent.extend(groups)
         self.updates += 1
+        return given - len(labels)
 
     def _train(self, groups: list[tuple[Label, float]], x_BE: torch.Tensor) -> dict[str, float]:
         """Take updates_per_step optimizer steps on these groups; return the last one's losses.
@@ -189,14 +218,14 @@ class DifficultyEstimator:
         s_B = self.text.logits(x_BE)
         return s_B, unit(x_BE.detach().cpu().numpy()) if self.belief.features else np.empty((len(s_B), 0))
 
-    def _predicted(self, labels: list[Label], kept: list[Kept | None]) -> tuple[np.ndarray, np.ndarray]:
-        """Return p̂_B and V_B that these groups' decisions were made by; new ones for those not on record."""
+    def _predicted(
+        self, labels: list[Label], kept: list[Kept | None], seconds: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return p̂_B and V_B that these groups' decisions were made by; new ones for those not on record, or NaN."""
         p_B, v_B = (np.array([getattr(e, name) if e else None for e in kept], np.float64) for name in ("p", "v"))
         lost = np.flatnonzero(np.isnan(p_B))
         if len(lost):
-            keys = [labels[i].key for i in lost]
-            text = self._text([labels[i].prompt for i in lost])
-            a_B, b_B = self.belief.predict(keys, *text, self.updates)
+            a_B, b_B = self._believed([labels[i].key for i in lost], [labels[i].prompt for i in lost], seconds)
             p_B[lost], v_B[lost] = a_B / (a_B + b_B), signal_probability(a_B, b_B, self._group_size)
         return p_B, v_B
 

@@ -110,17 +110,23 @@ def spearman(x_B: np.ndarray, y_B: np.ndarray) -> float | None:
 def prediction_metrics(p_B: np.ndarray, v_B: np.ndarray, y_B: np.ndarray, signal_B: np.ndarray) -> dict[str, float]:
     """Return the metrics that compare predictions made before learning with outcomes; undefined ones are left out.
 
-    p_B: predicted pass rates; v_B: predicted chances of any signal; y_B: observed pass rates, all in [0, 1];
-    signal_B: whether the group's rewards differ. B ≥ 1.
+    p_B: predicted pass rates; v_B: predicted chances of any signal; y_B: observed pass rates, all in [0, 1], and NaN
+    where nothing was predicted; signal_B: whether the group's rewards differ. B ≥ 1.
     """
     signal_B = np.asarray(signal_B, bool)
-    found = {
-        "pred_mean": float(np.mean(p_B)),
+    known_B = np.isfinite(p_B)
+    found: dict[str, float | None] = {}
+    if known_B.any():
+        p, v, y, signal = p_B[known_B], v_B[known_B], y_B[known_B], signal_B[known_B]
+        found = {
+            "pred_mean": float(np.mean(p)),
+            "mae": float(np.mean(np.abs(p - y))),
+            "brier": brier(p, y),
+            "zero_auc": auc(1 - v, ~signal),
+            "spearman": spearman(p, y),
+        }
+    found |= {
         "target_mean": float(np.mean(y_B)),
-        "mae": float(np.mean(np.abs(p_B - y_B))),
-        "brier": brier(p_B, y_B),
-        "zero_auc": auc(1 - v_B, ~signal_B),
-        "spearman": spearman(p_B, y_B),
         "effective_ratio": float(np.mean(signal_B)),
         "all_right": float(np.mean(~signal_B & (y_B >= 0.5))),
         "all_wrong": float(np.mean(~signal_B & (y_B < 0.5))),

@@ -5,6 +5,7 @@ Suffixes: B = prompts of one call, E = the encoder's width.
 """
 
 import contextlib
+import time
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,8 @@ from depo_plugin.estimator.losses import losses
 from depo_plugin.messages import Stream, prompt_key
 from depo_plugin.settings.config import EstimatorConfig
 
+UNMEASURED, LEAST = 256, 16  # prompts that prepare() embeds before it knows how fast it is, and at least
+CHARS_PER_TOKEN = 4
 LOGIT_MAX = 14.0  # keeps σ(s) about 1e-6 away from 0 and 1, so that a Beta(a, b) can be made of it
 RECOMPUTED = partial(recompute, embed.embed, use_reentrant=False, preserve_rng_state=False)  # it draws nothing
 
@@ -78,6 +81,7 @@ class TextModel:
         self._heads.eval()  # but in step()
         self._micro_batch_tokens = cfg.micro_batch_tokens or embed.MICRO_BATCH_TOKENS[self.device.type]
         self._digest = weights_digest(self._encoder) if self._frozen else None
+        self._chars_per_s: float | None = None  # of new prompts, as last measured
         dtype = cfg.dtype
         self._use(embed.fastest_dtype(self._encoder, self.device, self._max_length) if dtype == "auto" else dtype)
 
@@ -114,17 +118,45 @@ class TextModel:
             return self._encode(prompts)
 
         def compute(missing):
+            start = time.perf_counter()
             with torch.no_grad():
                 x_BE = self._encode([prompts[i] for i in missing]).cpu().numpy()
             if not np.isfinite(x_BE).all():  # never into the cache
                 raise EstimatorError(
                     "the encoder gave NaN or infinity. Use --depo.estimator.dtype fp32, or another encoder."
                 )
+            read = sum(self._read_chars(prompts[i]) for i in missing)
+            self._chars_per_s = read / max(time.perf_counter() - start, 1e-9)
             return x_BE
 
-        keys_B = np.array([prompt_key(prompt, "") for prompt in prompts], np.uint64)
-        x_BE = torch.from_numpy(unit(self._cache.get(keys_B, compute).astype(np.float32)))
+        x_BE = torch.from_numpy(unit(self._cache.get(_keys(prompts), compute).astype(np.float32)))
         return x_BE.to(self.device) * self.width**0.5
+
+    def prepare(self, prompts: list[str], seconds: float) -> np.ndarray:
+        """Embed as many of these prompts, in their order, as should take so many seconds; return which are embedded.
+
+        bool (B,). By the speed of the last call, but at least LEAST of them, so that one slow call is not believed for
+        ever; before the first call UNMEASURED. With 0 seconds none. In mode finetune there is nothing to prepare: all
+        are True.
+        """
+        if not self._frozen or not prompts:
+            return np.ones(len(prompts), bool)
+        known_B = self._cache.known(_keys(prompts))
+        missing = np.flatnonzero(~known_B)
+        if self._chars_per_s is None:
+            count = UNMEASURED
+        else:
+            chars = np.cumsum([self._read_chars(prompts[i]) for i in missing])
+            count = max(LEAST, int(np.searchsorted(chars, seconds * self._chars_per_s, side="right")))
+        missing = missing[: count if seconds > 0 else 0]
+        if len(missing):
+            self.embed([prompts[i] for i in missing])
+            known_B[missing] = True
+        return known_B
+
+    def _read_chars(self, prompt: str) -> int:
+        """Return about how many characters of a prompt are read: a token is about CHARS_PER_TOKEN of them."""
+        return min(len(prompt), CHARS_PER_TOKEN * self._max_length) + 1
 
     @torch.no_grad()
     def logits(self, x_BE: torch.Tensor) -> np.ndarray:
@@ -233,6 +265,10 @@ def _param_groups(model: nn.Module, cfg: EstimatorConfig) -> list[dict]:
     if encoder:
         groups.append({"params": encoder, "lr": cfg.lr * cfg.encoder_lr_ratio, "weight_decay": WEIGHT_DECAY})
     return groups
+
+
+def _keys(prompts: list[str]) -> np.ndarray:
+    return np.array([prompt_key(prompt, "") for prompt in prompts], np.uint64)
 
 
 def unit(x_BE: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -18,6 +19,7 @@ from depo_plugin.filter import PromptFilter, record_of
 from depo_plugin.messages import Label, Record, Scores
 from depo_plugin.remote import handle
 from depo_plugin.remote.handle import DROPPED, Loaded, ask_until, last_line
+from depo_plugin.remote.pacer import Pacer
 from depo_plugin.settings import config
 
 logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and format
@@ -53,6 +55,7 @@ class EstimatorActor:
         self.judged: list[Label] = []
         self.tally: Counter[str] = Counter()
         self.update_s = 0.0
+        self.pacer, self.unread = Pacer(), []  # prompts that were asked about and are not embedded yet
         self._estimator, self._failure, self._retry_at = None, "", 0.0
         if ray.get_runtime_context().was_current_actor_reconstructed:
             with contextlib.suppress(BuildError):  # said by the first call
@@ -113,9 +116,17 @@ class EstimatorActor:
             lost = f"has lost what it learned after checkpoint {tag}"
         logger.warning("DEPO: the difficulty estimator was restarted and %s.", lost)
 
-    def score(self, prompts: list[str], labels: list[str]) -> Scores:
-        """Return the Scores of these prompts (see DifficultyEstimator.score)."""
-        return self.estimator.score(prompts, labels)
+    def score(self, prompts: list[str], labels: list[str], waited_for: bool = False) -> Scores:
+        """Return the Scores of these prompts, NaN for those that there was no time to read (see pacer.py).
+
+        waited_for: whether training waits for them; else they are asked for one batch ahead.
+        """
+        if waited_for:
+            return self.estimator.score(prompts, labels, self.pacer.for_those_who_wait())
+        self.pacer.asked()
+        scores = self.estimator.score(prompts, labels, self.pacer.for_scores())
+        self.unread = [prompts[i] for i in np.flatnonzero(np.isnan(scores.a))]
+        return scores
 
     def record(self, records: list[Record], tally: dict[str, float]) -> None:
         """Take the decisions on a planned batch; tally: what the loader's process adds to the step's metrics."""
@@ -142,8 +153,9 @@ class EstimatorActor:
         dropped: groups of this step without a label. They are learned from by learn(), a call of its own, so that no
         one waits for it.
         """
+        self.pacer.judged()
         rejected, self.rejected, self.judged = self.rejected, [], []
-        found = self.estimator.judge(labels, dropped + int(self.tally.pop(DROPPED, 0)), rejected)
+        found = self.estimator.judge(labels, dropped + int(self.tally.pop(DROPPED, 0)), rejected, seconds=0.0)
         self.judged = labels + rejected
         found.metrics.update({"time_update": self.update_s, **self.tally})
         self.tally.clear()
@@ -154,11 +166,12 @@ class EstimatorActor:
         return shadow_line(self.estimator.ledger.shadow_metrics())
 
     def learn(self) -> None:
-        """Learn from the groups that were judged last."""
+        """Learn from the groups that were judged last; then read on in the next batch's prompts."""
         start = time.perf_counter()
         judged, self.judged = self.judged, []
-        self.estimator.learn(judged)
+        self.tally["labels_unsent"] += self.estimator.learn(judged, self.pacer.for_learning())
         self.update_s = time.perf_counter() - start
+        self.estimator.text.prepare(self.unread, self.pacer.for_learning())
 
     def save(self, tag: str, live_tags: set[str]) -> float | str:
         """Write the checkpoint `tag` and remove ours whose OpenRLHF checkpoint is gone; return the seconds it took.

@@ -73,9 +73,9 @@ class RemoteEstimator:
 
     # ── What is asked and told ──
 
-    def score_async(self, prompts, labels) -> PendingScores:
-        """Ask for the Scores of these prompts without waiting."""
-        return PendingScores(self, self._call("score", prompts, labels))
+    def score_async(self, prompts, labels, waited_for: bool = False) -> PendingScores:
+        """Ask for the Scores of these prompts without waiting. waited_for: whether result() is called at once."""
+        return PendingScores(self, self._call("score", prompts, labels, waited_for))
 
     def record(self, records: list[Record]) -> None:
         """Send the decisions on one scanned batch, and this process's tally, without waiting."""

@@ -60,7 +60,7 @@ class Estimator:
         self.questions = []  # (updates, prompt numbers)
         self.batches = []  # records by call
 
-    def score_async(self, prompts, labels):
+    def score_async(self, prompts, labels, waited_for=False):
         numbers = [int(prompt.split()[1]) for prompt in prompts]
         assert numbers
         assert labels == [f"label {i}" for i in numbers]
@@ -86,7 +86,7 @@ class InProcess:
         self.made, self.updates = made, 0
         self.records = []
 
-    def score_async(self, prompts, labels):
+    def score_async(self, prompts, labels, waited_for=False):
         scores = self.made.score(prompts, labels)
         return SimpleNamespace(result=lambda: scores)
 

@@ -738,7 +738,7 @@ def loader_of(prompts, labels=None, **options):
     """A loader over these texts, without scores; in its estimator the labels that it asked about."""
     asked = []
     estimator = SimpleNamespace(
-        score_async=lambda _, labels: asked.extend(labels) or SimpleNamespace(result=lambda: None),
+        score_async=lambda _, labels, waited_for: asked.extend(labels) or SimpleNamespace(result=lambda: None),
         record=lambda records: None,
         asked=asked,
     )
