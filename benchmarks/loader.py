@@ -1,21 +1,30 @@
-"""How much time and memory does the loader use on a large pool? `python -m benchmarks.loader [--pool N] [--json FILE]`
+"""How much time and memory does the loader use on a large pool, and what does a slow encoder cost?
+
+`python -m benchmarks.loader [--pool N] [--json FILE]`
 
 Runs the real DifficultyFilteredLoader with a stub scorer that answers at once, until it has scanned the pool once.
 The loader's own time per candidate is the time of that pass minus the time of the stub and the data set. Memory is
 that of the process, after each tenth of the pass.
+
+Then on a virtual clock: the real loader and the real pacer of the estimator's process, an encoder of a given speed,
+and steps of a given length (rollouts 80%, training 20%). Every prompt is new, and the filter wants 45% of them.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
+from depo_plugin.estimator.text_model import LEAST
 from depo_plugin.loader import DifficultyFilteredLoader
-from depo_plugin.messages import Record, Scores
+from depo_plugin.messages import Reason, Record, Scores
+from depo_plugin.remote.pacer import Pacer
 from depo_plugin.settings.config import FilterConfig
 
 GOAL_US = 50.0
@@ -83,6 +92,116 @@ def measure(count: int, batch: int, group_size: int) -> dict:
     }
 
 
+# ── A slow encoder, on a virtual clock ──
+
+RATES, BATCHES, STEPS_S = (126, 30, 16, 12), (128, 1024), (60, 120)
+WANTED = 0.45  # of the prompts
+POOL = 200_000
+ROLLOUTS = 0.8  # of a step; the rest is training
+STEPS = 40
+WARMUP = 5
+GOAL_BLOCKED, GOAL_DECIDED = 0.01, 0.90
+
+
+class Encoder:
+    """The estimator's process with an encoder that reads `rate` new prompts a second; calls wait for one another."""
+
+    def __init__(self, rate: float):
+        self.rate = rate
+        self.now = self.blocked = 0.0  # the launch's clock, and how long it waited
+        self._at = self._free_at = 0.0  # this process's clock, and when its last call ends
+        self.pacer = Pacer(lambda: self._at)
+        self.read: set[str] = set()
+        self.unread: list[str] = []
+        self.updates = 0
+        self.records: list[Record] = []
+
+    def _begin(self) -> None:
+        self._at = max(self.now, self._free_at)
+
+    def _read(self, prompts: list[str], seconds: float) -> None:
+        """Read what there is time for, as TextModel.prepare does."""
+        new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in self.read))
+        new = new[: max(int(seconds * self.rate), LEAST if seconds >= 1 else 0)]
+        self.read.update(new)
+        self._at += len(new) / self.rate
+        self._free_at = self._at
+
+    def wait(self) -> None:
+        """Wait for all calls that were made."""
+        self.blocked += max(0.0, self._free_at - self.now)
+        self.now = max(self.now, self._free_at)
+
+    def score_async(self, prompts: list[str], labels: list[str], waited_for: bool = False) -> SimpleNamespace:
+        self._begin()
+        self.pacer.asked(self.now, waited_for)
+        if waited_for:
+            self._read(prompts, 0.0 if self.unread else self.pacer.for_those_who_wait())
+        else:
+            self._read(prompts, self.pacer.for_scores())
+            self.unread = [prompt for prompt in prompts if prompt not in self.read]
+        wanted_B = np.array([zlib.crc32(prompt.encode()) / 2**32 < WANTED for prompt in prompts])
+        a_B = np.where(wanted_B, 4.0, 0.2)
+        a_B[[prompt not in self.read for prompt in prompts]] = np.nan
+        scores, done = Scores(a_B, 8.0 - a_B, np.zeros(len(prompts)), self.updates), self._free_at
+
+        def result() -> Scores:
+            self.blocked += max(0.0, done - self.now)
+            self.now = max(self.now, done)
+            return scores
+
+        return SimpleNamespace(result=result)
+
+    def record(self, records: list[Record]) -> None:
+        self.records += records
+
+    def judge(self) -> None:
+        self._begin()
+        self.pacer.judged(self.now)
+        self._free_at = self._at
+
+    def learn(self, prompts: list[str]) -> None:
+        self._begin()
+        self._read(prompts, self.pacer.for_learning() / 2)
+        self.updates += 1
+        self._read(self.unread, self.pacer.for_learning())
+
+
+def paced(rate: float, batch: int, step_s: float) -> dict:
+    """Return the share of a step that is blocked after the first, and of the candidates decided by a score."""
+    encoder, pool = Encoder(rate), Pool(POOL)
+    inner = SimpleNamespace(dataset=pool, collate_fn=lambda items: items[0][1], num_workers=0)
+    cfg = FilterConfig(warmup_steps=WARMUP, epsilon=0.0)
+    options = {"batch_size": batch, "group_size": 8, "seed": 0, "num_episodes": 1}
+    loader = DifficultyFilteredLoader(inner, encoder, cfg, **options)
+    blocked = []
+    for _ in range(STEPS):
+        before = encoder.blocked
+        prompts = [next(loader) for _ in range(batch)]
+        encoder.now += ROLLOUTS * step_s
+        encoder.judge()
+        judged = encoder._free_at
+        encoder.learn(prompts)
+        encoder.now += (1 - ROLLOUTS) * step_s
+        encoder.blocked += max(0.0, judged - encoder.now)  # the log waits for the judgement alone
+        encoder.now = max(encoder.now, judged)
+        blocked.append((encoder.blocked - before) / step_s)
+    decided = [record for record in encoder.records if record.reason is not Reason.WARMUP]
+    share = np.mean([record.reason is not Reason.UNSCORED for record in decided])
+    scored = min(rate * step_s, batch / WANTED)
+    allowed = scored / (scored + batch - WANTED * scored)
+    return {
+        "rate": rate,
+        "batch": batch,
+        "step_s": step_s,
+        "blocked": float(np.mean(blocked[1:])),
+        "blocked_most": float(np.max(blocked[1:])),
+        "first_s": blocked[0] * step_s,
+        "decided": float(share),
+        "of_allowed": float(share / allowed),
+    }
+
+
 def main() -> None:
     """Print figures and goals, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -100,6 +219,20 @@ def main() -> None:
     print(f"pool {found['pool']:,}, batch {found['batch']}: {found['scanned']:,} scanned, {found['drawn']:,} drawn")
     for text, goal, met in verdicts:
         print(f"{text:45} goal {goal:g}: {'met' if met else 'MISSED'}")
+    print(
+        "\n| new prompts/s | batch | step | blocked, mean | most | first batch | decided by a score | of what the rate allows |"
+    )
+    print("|---" * 8 + "|")
+    found["paced"] = [paced(*case) for case in itertools.product(RATES, BATCHES, STEPS_S)]
+    for row in found["paced"]:
+        print(
+            f"| {row['rate']} | {row['batch']:,} | {row['step_s']} s | {row['blocked']:.1%} | {row['blocked_most']:.1%} "
+            f"| {row['first_s']:.1f} s | {row['decided']:.0%} | {row['of_allowed']:.0%} |"
+        )
+    missed = [r for r in found["paced"] if r["blocked"] > GOAL_BLOCKED or r["of_allowed"] < GOAL_DECIDED]
+    print(
+        f"goals (blocked <= {GOAL_BLOCKED:.0%}, decided >= {GOAL_DECIDED:.0%} of allowed): {len(missed)} rows miss one"
+    )
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1))

@@ -104,8 +104,8 @@ class Label:
 class Scores(NamedTuple):
     """Beliefs about prompts: Beta(a, b) over each one's pass rate, float64 (B,), after `updates` updates.
 
-    a and b are NaN for a prompt that there was no time to read; visits: float64 (B,), in how many updates each prompt was
-    learned from.
+    a and b are NaN for a prompt that there was no time to read; visits: float64 (B,), in how many updates each prompt
+    was learned from.
     """
 
     a: np.ndarray

@@ -78,8 +78,8 @@ class DifficultyEstimator:
     def score(self, prompts: list[str], labels: list[str], seconds: float | None = None) -> Scores:
         """Return what is believed of each prompt's pass rate, from its text and its own history.
 
-        labels: the reference answers; a prompt is identified by both; seconds: for reading new prompts, None: as long as
-        it takes. Prompts that are not embedded then have a and b NaN. Raises EstimatorError if a score is NaN.
+        labels: the reference answers; a prompt is identified by both; seconds: for reading new prompts, None: as long
+        as it takes. A prompt that was not read has a and b NaN. Raises EstimatorError if the model gives NaN.
         """
         start = time.perf_counter()
         keys = [prompt_key(prompt, label) for prompt, label in zip(prompts, labels, strict=True)]

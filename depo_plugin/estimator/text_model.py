@@ -135,9 +135,9 @@ class TextModel:
     def prepare(self, prompts: list[str], seconds: float) -> np.ndarray:
         """Embed as many of these prompts, in their order, as should take so many seconds; return which are embedded.
 
-        bool (B,). By the speed of the last call, but at least LEAST of them, so that one slow call is not believed for
-        ever; before the first call UNMEASURED. With 0 seconds none. In mode finetune there is nothing to prepare: all
-        are True.
+        bool (B,). By the speed of the last call, but with a second or more at least LEAST of them, so that one slow call
+        is not believed for ever; before the first call UNMEASURED, but none with 0 seconds. In mode finetune there is
+        nothing to prepare: all are True.
         """
         if not self._frozen or not prompts:
             return np.ones(len(prompts), bool)
@@ -147,7 +147,8 @@ class TextModel:
             count = UNMEASURED
         else:
             chars = np.cumsum([self._read_chars(prompts[i]) for i in missing])
-            count = max(LEAST, int(np.searchsorted(chars, seconds * self._chars_per_s, side="right")))
+            count = int(np.searchsorted(chars, seconds * self._chars_per_s, side="right"))
+            count = max(count, LEAST if seconds >= 1 else 0)
         missing = missing[: count if seconds > 0 else 0]
         if len(missing):
             self.embed([prompts[i] for i in missing])

@@ -116,26 +116,33 @@ class EstimatorActor:
             lost = f"has lost what it learned after checkpoint {tag}"
         logger.warning("DEPO: the difficulty estimator was restarted and %s.", lost)
 
-    def score(self, prompts: list[str], labels: list[str], waited_for: bool = False) -> Scores:
+    def score(self, prompts: list[str], labels: list[str], waited_for: bool, sent: float) -> Scores:
         """Return the Scores of these prompts, NaN for those that there was no time to read (see pacer.py).
 
-        waited_for: whether training waits for them; else they are asked for one batch ahead.
+        waited_for: whether training waits for them; else they are asked for one batch ahead; sent: when they were asked
+        for, in seconds since the epoch.
         """
+        self.pacer.asked(sent, waited_for)
         if waited_for:
-            return self.estimator.score(prompts, labels, self.pacer.for_those_who_wait())
-        self.pacer.asked()
+            return self.estimator.score(prompts, labels, self._quick())
         scores = self.estimator.score(prompts, labels, self.pacer.for_scores())
         self.unread = [prompts[i] for i in np.flatnonzero(np.isnan(scores.a))]
         return scores
+
+    def _quick(self) -> float:
+        """Return the seconds for reading while someone waits: none if the encoder is behind anyway."""
+        return 0.0 if self.unread else self.pacer.for_those_who_wait()
 
     def record(self, records: list[Record], tally: dict[str, float]) -> None:
         """Take the decisions on a planned batch; tally: what the loader's process adds to the step's metrics."""
         self.tally.update(tally)
         self.estimator.record(records)
 
-    def shadow(self, prompts: list[str], labels: list[str], datasources: list[str], tally: dict[str, float]) -> None:
+    def shadow(
+        self, prompts: list[str], labels: list[str], datasources: list[str], tally: dict[str, float], sent: float
+    ) -> None:
         """Score prompts that are rolled out anyway, and note what the filter would have done with them."""
-        judged = self.filter.judge(self.score(prompts, labels), datasources, None)
+        judged = self.filter.judge(self.score(prompts, labels, False, sent), datasources, None)
         rows = zip(datasources, prompts, labels, judged, strict=True)
         self.record([record_of(*row, share=1.0) for row in rows], tally)
 
@@ -147,15 +154,15 @@ class EstimatorActor:
         """Take the label of a group that dynamic filtering threw away; it is judged with the next step's groups."""
         self.rejected.append(label)
 
-    def judge(self, labels: list[Label], dropped: int) -> Judgement:
+    def judge(self, labels: list[Label], dropped: int, sent: float) -> Judgement:
         """Judge one step's groups, and those that dynamic filtering threw away since the last step.
 
-        dropped: groups of this step without a label. They are learned from by learn(), a call of its own, so that no
-        one waits for it.
+        dropped: groups of this step without a label; sent: as in score(). They are learned from by learn(), a call of
+        its own, so that no one waits for it.
         """
-        self.pacer.judged()
+        self.pacer.judged(sent)
         rejected, self.rejected, self.judged = self.rejected, [], []
-        found = self.estimator.judge(labels, dropped + int(self.tally.pop(DROPPED, 0)), rejected, seconds=0.0)
+        found = self.estimator.judge(labels, dropped + int(self.tally.pop(DROPPED, 0)), rejected, self._quick())
         self.judged = labels + rejected
         found.metrics.update({"time_update": self.update_s, **self.tally})
         self.tally.clear()
@@ -169,7 +176,7 @@ class EstimatorActor:
         """Learn from the groups that were judged last; then read on in the next batch's prompts."""
         start = time.perf_counter()
         judged, self.judged = self.judged, []
-        self.tally["labels_unsent"] += self.estimator.learn(judged, self.pacer.for_learning())
+        self.tally["labels_unsent"] += self.estimator.learn(judged, self.pacer.for_learning() / 2)
         self.update_s = time.perf_counter() - start
         self.estimator.text.prepare(self.unread, self.pacer.for_learning())
 

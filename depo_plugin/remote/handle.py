@@ -75,7 +75,7 @@ class RemoteEstimator:
 
     def score_async(self, prompts, labels, waited_for: bool = False) -> PendingScores:
         """Ask for the Scores of these prompts without waiting. waited_for: whether result() is called at once."""
-        return PendingScores(self, self._call("score", prompts, labels, waited_for))
+        return PendingScores(self, self._call("score", prompts, labels, waited_for, time.time()))
 
     def record(self, records: list[Record]) -> None:
         """Send the decisions on one scanned batch, and this process's tally, without waiting."""
@@ -84,7 +84,7 @@ class RemoteEstimator:
 
     def shadow(self, prompts, labels, datasources) -> None:
         """Show the estimator prompts that are rolled out anyway (shadow mode), and this process's tally."""
-        if self._tell("shadow", prompts, labels, datasources, self.tally):
+        if self._tell("shadow", prompts, labels, datasources, self.tally, time.time()):
             self.tally = self._no_tally()
 
     def keep_weights(self, prompts, labels) -> tuple[list[float], list[float]] | None:
@@ -97,7 +97,7 @@ class RemoteEstimator:
         Groups that were dropped (in the tally) are sent along. Returns None if the estimator is behind: these labels
         are not learned from.
         """
-        call = self._call("judge", labels, int(self.tally[DROPPED]))
+        call = self._call("judge", labels, int(self.tally[DROPPED]), time.time())
         if call is None:
             self.tally["labels_unsent"] += len(labels)
         else:

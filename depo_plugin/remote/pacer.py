@@ -12,45 +12,50 @@ import time
 from collections.abc import Callable
 
 FIRST_S = 30.0  # of each part, before its length was seen
-SHARE = 0.95  # of the time from the question to the groups, as it was in the step before
-LEARNING_SHARE = 0.9  # of the time from the groups to the next question
+SHARE = 0.98  # of the time from the question to the groups, as it was in the step before
+LEARNING_SHARE = 0.98  # of the time from the groups to the next question
 WAITED_SHARE = 0.01  # of a step, while training waits
-LEAST_S = (
-    1.0  # of everything: a short step waits so long for a fast encoder, and its batches then do not depend on timing
-)
+LEAST_S = 1.0  # of everything: short steps wait so long, and with a fast encoder nothing depends on timing then
 
 
 class Pacer:
-    """Watches when scores are asked for and groups are judged, and says how long each kind of work may take."""
+    """Notes when scores were asked for and groups were sent, and says how long each kind of work may take from now on.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic):
-        """clock: seconds from any start."""
+    Times are those at which the callers sent, in seconds since the epoch: a call may have waited for the one before.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time):
+        """clock: seconds since the epoch."""
         self._clock = clock
-        self._asked_at: float | None = None
+        self._asked_at: float | None = None  # for the next batch's scores
         self._judged_at: float | None = None
+        self._trains = False  # whether nothing was asked since the last groups
         self._rolling_s = self._training_s = FIRST_S
 
-    def asked(self) -> None:
-        """Note that the next batch's scores are asked for."""
-        if self._judged_at is not None and (self._asked_at is None or self._asked_at < self._judged_at):
-            self._training_s = self._clock() - self._judged_at
-        self._asked_at = self._clock()
+    def asked(self, sent: float, waited_for: bool) -> None:
+        """Note a question for scores."""
+        if self._trains and self._judged_at is not None:
+            self._training_s, self._trains = sent - self._judged_at, False
+        if not waited_for:
+            self._asked_at = sent
 
-    def judged(self) -> None:
-        """Note that a step's groups came."""
-        if self._asked_at is not None and (self._judged_at is None or self._judged_at < self._asked_at):
-            self._rolling_s = self._clock() - self._asked_at
-        self._judged_at = self._clock()
+    def judged(self, sent: float) -> None:
+        """Note a step's groups."""
+        if not self._trains and self._asked_at is not None:
+            self._rolling_s = sent - self._asked_at
+        self._judged_at, self._trains = sent, True
 
     def for_scores(self) -> float:
-        """Return the seconds for the next batch's scores, from now on."""
-        return max(LEAST_S, SHARE * self._rolling_s)
+        """Return the seconds for the next batch's scores."""
+        return max(LEAST_S, self._left(self._asked_at, SHARE * self._rolling_s))
 
     def for_learning(self) -> float:
-        """Return the seconds that are left for learning and reading on, before the next question."""
-        spent = 0.0 if self._judged_at is None else self._clock() - self._judged_at
-        return max(0.0, max(LEAST_S, LEARNING_SHARE * self._training_s) - spent)
+        """Return the seconds for learning and then reading on, before the next question; 0 if they are over."""
+        return self._left(self._judged_at, max(LEAST_S, LEARNING_SHARE * self._training_s))
 
     def for_those_who_wait(self) -> float:
         """Return the seconds for scores that training waits for."""
         return max(LEAST_S, WAITED_SHARE * (self._rolling_s + self._training_s))
+
+    def _left(self, since: float | None, seconds: float) -> float:
+        return max(0.0, seconds if since is None else since + seconds - self._clock())

@@ -58,6 +58,7 @@ class Estimator:
         self.pass_rate, self.updates, self.strength = pass_rate, updates, strength
         self.answers = answers or {}
         self.questions = []  # (updates, prompt numbers)
+        self.waits = []  # whether each one was waited for
         self.batches = []  # records by call
 
     def score_async(self, prompts, labels, waited_for=False):
@@ -68,6 +69,7 @@ class Estimator:
         scores = Scores(self.strength * p, self.strength * (1 - p), np.zeros(len(p)), self.updates)
         answer = self.answers.get(len(self.questions), lambda scores: scores)
         self.questions.append((self.updates, numbers))
+        self.waits.append(waited_for)
         results = [answer and answer(scores)]
         return SimpleNamespace(result=results.pop)  # fails if it is called a second time
 

@@ -261,12 +261,55 @@ def test_only_the_unanswered_candidates_are_kept_unseen():
     assert Counter(r.reason for r in estimator.batches[0]) == {Reason.REJECTED: 25, Reason.UNSCORED: 10}
 
 
+def unread(*places):
+    """What makes these candidates of an answer ones that the estimator had no time to read."""
+
+    def spoil(scores):
+        scores.a[list(places)] = scores.b[list(places)] = np.nan
+        return scores
+
+    return spoil
+
+
+def test_what_was_not_read_in_time_is_asked_for_once_more_when_the_batch_is_planned():
+    """The second answer counts; what it lacks, too, is kept unseen."""
+    answers = {0: unread(1, 3, 5), 1: unread(2)}
+    loader, estimator = make(60, 10, estimator=Estimator(noise, answers=answers), **REJECT_ALL)
+    first = take(loader, 1)
+    asked = [question for _, question in estimator.questions]
+    order = stream(60, 0, 60)
+    assert asked[1] == [order[1], order[3], order[5]]
+    reasons = {r.reason for r in estimator.records[:5]}
+    assert reasons == {Reason.REJECTED}
+    (unscored,) = [r for r in estimator.records if r.reason is Reason.UNSCORED]
+    assert numbers([unscored], 60) == [order[5]] == first
+    assert estimator.waits[:2] == [True, True]
+    take(loader, 9)
+    assert estimator.waits[-1] is False  # the next batch's scores are asked for ahead
+
+
+def test_in_warm_up_nothing_is_asked_for_once_more():
+    loader, estimator = make(60, 10, estimator=Estimator(noise, answers={0: unread(1, 3)}), warmup_steps=5)
+    take(loader, 9)
+    assert len(estimator.questions) == 1
+    assert {r.reason for r in estimator.records} == {Reason.WARMUP}
+
+
+def test_scores_that_were_not_read_in_time_are_saved_as_such():
+    loader, estimator = make(50, 8, estimator=Estimator(noise, answers={1: unread(0, 2)}), seed=5)
+    draw(loader, estimator, 8, 8, 0)
+    saved = loader.state_dict()[STATE]["asked"]["scores"]
+    assert (saved["a"][0], saved["b"][2]) == (None, None)
+    again, twin = resumed(loader, estimator, 50, 8, seed=5)
+    assert draw(again, twin, 30, 8, 8) == draw(loader, estimator, 30, 8, 8)
+
+
 def test_a_nan_belief_is_kept_and_counted():
     def spoil(scores):
         scores.a[3] = np.nan
         return scores
 
-    loader, estimator = make(60, 10, estimator=Estimator(noise, answers={0: spoil}), **REJECT_ALL)
+    loader, estimator = make(60, 10, estimator=Estimator(noise, answers={0: spoil, 1: unread(0)}), **REJECT_ALL)
     spoiled = stream(60, 0, 4)[3]
     assert spoiled in take(loader, 10)
     (unscored,) = [r for r in estimator.records if r.reason is Reason.UNSCORED]
