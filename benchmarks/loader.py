@@ -219,20 +219,24 @@ def main() -> None:
     print(f"pool {found['pool']:,}, batch {found['batch']}: {found['scanned']:,} scanned, {found['drawn']:,} drawn")
     for text, goal, met in verdicts:
         print(f"{text:45} goal {goal:g}: {'met' if met else 'MISSED'}")
-    print(
-        "\n| new prompts/s | batch | step | blocked, mean | most | first batch | decided by a score | of what the rate allows |"
-    )
-    print("|---" * 8 + "|")
     found["paced"] = [paced(*case) for case in itertools.product(RATES, BATCHES, STEPS_S)]
-    for row in found["paced"]:
-        print(
-            f"| {row['rate']} | {row['batch']:,} | {row['step_s']} s | {row['blocked']:.1%} | {row['blocked_most']:.1%} "
-            f"| {row['first_s']:.1f} s | {row['decided']:.0%} | {row['of_allowed']:.0%} |"
-        )
-    missed = [r for r in found["paced"] if r["blocked"] > GOAL_BLOCKED or r["of_allowed"] < GOAL_DECIDED]
-    print(
-        f"goals (blocked <= {GOAL_BLOCKED:.0%}, decided >= {GOAL_DECIDED:.0%} of allowed): {len(missed)} rows miss one"
+    columns = (
+        "new prompts/s",
+        "batch",
+        "step, s",
+        "blocked, mean",
+        "most",
+        "first batch, s",
+        "decided",
+        "of the possible",
     )
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
+    for row in found["paced"]:
+        shares = [f"{row[name]:.1%}" for name in ("blocked", "blocked_most")]
+        ends = [f"{row['first_s']:.1f}", f"{row['decided']:.0%}", f"{row['of_allowed']:.0%}"]
+        print(f"| {row['rate']} | {row['batch']:,} | {row['step_s']} | " + " | ".join([*shares, *ends]) + " |")
+    missed = [r for r in found["paced"] if r["blocked"] > GOAL_BLOCKED or r["of_allowed"] < GOAL_DECIDED]
+    print(f"blocked <= {GOAL_BLOCKED:.0%} and decided >= {GOAL_DECIDED:.0%} of the possible: {len(missed)} rows miss")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(found, indent=1))

@@ -135,8 +135,8 @@ class TextModel:
     def prepare(self, prompts: list[str], seconds: float) -> np.ndarray:
         """Embed as many of these prompts, in their order, as should take so many seconds; return which are embedded.
 
-        bool (B,). By the speed of the last call, but with a second or more at least LEAST of them, so that one slow call
-        is not believed for ever; before the first call UNMEASURED, but none with 0 seconds. In mode finetune there is
+        bool (B,). By the speed of the last call, but with a second or more at least LEAST of them, so that one slow
+        call is not believed for ever; before the first call UNMEASURED, but none with 0 seconds. In mode finetune there is
         nothing to prepare: all are True.
         """
         if not self._frozen or not prompts:

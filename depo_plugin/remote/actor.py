@@ -119,8 +119,8 @@ class EstimatorActor:
     def score(self, prompts: list[str], labels: list[str], waited_for: bool, sent: float) -> Scores:
         """Return the Scores of these prompts, NaN for those that there was no time to read (see pacer.py).
 
-        waited_for: whether training waits for them; else they are asked for one batch ahead; sent: when they were asked
-        for, in seconds since the epoch.
+        waited_for: whether training waits for them; else they are asked for one batch ahead; sent: when they were
+        asked for, in seconds since the epoch.
         """
         self.pacer.asked(sent, waited_for)
         if waited_for:
