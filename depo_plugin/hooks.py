@@ -465,6 +465,14 @@ def log(args, status: dict, step: int) -> None:
     _append(args, "metrics.jsonl", [{"step": step} | numbers])
     _append(args, "groups.jsonl", [{"step": step} | group for group in groups])
     _say(step, metrics, groups)
+    if "read_rate" in metrics and "read_rate" not in _process.warned:
+        _process.warned.add("read_rate")
+        logger.info(
+            "DEPO: the encoder reads %.0f new prompts/s. Until each prompt was met once, a batch needs about %d; those "
+            "that are not read in time are kept unseen. `depo embed` reads a pool ahead.",
+            metrics["read_rate"],
+            2 * args.rollout.vllm_generate_batch_size,
+        )
 
 
 def _append(args, name: str, rows: list[dict]) -> None:

@@ -140,6 +140,8 @@ class DifficultyEstimator:
         trained = [label.key for label in labels if label.d is not None]
         self._trained = _with(self._trained, np.array(trained, np.uint64))
         metrics |= self._losses | self._total_metrics() | {"time_score": self._time_score}
+        if (rate := self.text.rate([label.prompt for label in labels])) is not None:
+            metrics["read_rate"] = rate
         self._time_score = 0.0
         groups = zip(labels, kept, p_B.tolist(), v_B.tolist(), strict=True)
         return Judgement(metrics, [self._line(i >= trained_on, *group) for i, group in enumerate(groups)])

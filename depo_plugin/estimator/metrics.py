@@ -55,6 +55,7 @@ NAMES = {
     "kept/SOURCE": "prompts of that data source kept since the last step; these three with two or more data sources",
     "rejected/SOURCE": "prompts of that data source rejected since the last step",
     "pass_rate/SOURCE": "mean observed pass rate of that data source",
+    "read_rate": "new prompts of this step's lengths that the encoder reads a second; not in mode finetune",
     "time_score": "seconds spent scoring since the last step",
     "time_update": "seconds the last finished update took",
     "time_blocked": "seconds that training waited for the estimator",

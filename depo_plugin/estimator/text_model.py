@@ -136,8 +136,8 @@ class TextModel:
         """Embed as many of these prompts, in their order, as should take so many seconds; return which are embedded.
 
         bool (B,). By the speed of the last call, but with a second or more at least LEAST of them, so that one slow
-        call is not believed for ever; before the first call UNMEASURED, but none with 0 seconds. In mode finetune there is
-        nothing to prepare: all are True.
+        call is not believed for ever; before the first call UNMEASURED, but none with 0 seconds. In mode finetune
+        there is nothing to prepare: all are True.
         """
         if not self._frozen or not prompts:
             return np.ones(len(prompts), bool)
@@ -154,6 +154,12 @@ class TextModel:
             self.embed([prompts[i] for i in missing])
             known_B[missing] = True
         return known_B
+
+    def rate(self, prompts: list[str]) -> float | None:
+        """Return how many new prompts like these are read a second, as last measured; None before that."""
+        if self._chars_per_s is None or not prompts:
+            return None
+        return self._chars_per_s * len(prompts) / sum(map(self._read_chars, prompts))
 
     def _read_chars(self, prompt: str) -> int:
         """Return about how many characters of a prompt are read: a token is about CHARS_PER_TOKEN of them."""
