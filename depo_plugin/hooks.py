@@ -468,8 +468,8 @@ def log(args, status: dict, step: int) -> None:
     if "read_rate" in metrics and "read_rate" not in _process.warned:
         _process.warned.add("read_rate")
         logger.info(
-            "DEPO: the encoder reads %.0f new prompts/s. Until each prompt was met once, a batch needs about %d; what is "
-            "not read in time is kept unseen. `depo embed` reads a pool ahead.",
+            "DEPO: the encoder reads %.0f new prompts/s. Until each prompt was met once, a batch needs about %d; what "
+            "is not read in time is kept unseen. `depo embed` reads a pool ahead.",
             metrics["read_rate"],
             2 * args.rollout.vllm_generate_batch_size,
         )
