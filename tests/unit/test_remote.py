@@ -274,3 +274,16 @@ def test_without_a_free_cpu_it_reserves_none(start, args, tmp_path, caplog):
     assert "--depo.estimator.num_cpus is 64: the difficulty estimator reserves none" in warning
     assert score(handle).updates == 0
     assert (tmp_path / "embeddings").is_dir()
+
+
+def test_what_there_was_no_time_to_read_has_no_score_and_is_read_while_the_policy_trains(actor, handle):
+    def believed_slow(host):
+        host.estimator.text._chars_per_s = 1.0
+
+    on(actor, believed_slow)
+    new, answers = [f"a prompt of its own, {i}" for i in range(40)], ["1"] * 40
+    first = handle.score_async(new, answers).result()
+    assert np.flatnonzero(np.isnan(first.a)).tolist() == list(range(16, 40))
+    assert np.isnan(handle.score_async(new, answers, waited_for=True).result().a).sum() == 24
+    learn(handle, label(3, 0.5))
+    assert not np.isnan(handle.score_async(new, answers, waited_for=True).result().a).any()
