@@ -1,6 +1,6 @@
-"""The problems of the proof: write them with `write_data(folder, train, evaluation, seed)`.
+"""The problems of the proof.
 
-Each line has `input`, `label` and `datasource` (the level), as in scripts/quickstart/tasks.py:
+Each line of its data has `input`, `label` and `datasource` (the level), as in scripts/quickstart/tasks.py:
     {"input": "max 471 852 =", "label": "852", "datasource": "max-3digit"}
 
 A level is an operation and the digits of its operands, so the text shows its kind and size. Each level is easy,
@@ -12,7 +12,6 @@ of the problem, so difficulty also varies within a level.
 import math
 import random
 from dataclasses import dataclass
-from pathlib import Path
 
 import tasks
 
@@ -123,10 +122,3 @@ HOPELESS = (
     Level("sort-8digit", "sort", (8,), "hopeless"),
 )
 LEVELS = EASY + LEARNABLE + HOPELESS
-
-
-def write_data(folder: Path, train: int, evaluation: int, seed: int) -> None:
-    """Write train.jsonl and eval.jsonl with these numbers of problems. eval.jsonl does not depend on the seed."""
-    for name, count, at in (("train", train, seed), ("eval", evaluation, 0)):
-        rows = tasks.make_split(count, at, evaluation=name == "eval", levels=LEVELS)
-        tasks.write_jsonl(folder / f"{name}.jsonl", rows)

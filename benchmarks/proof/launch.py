@@ -64,12 +64,9 @@ def levels_of(model: str) -> dict[str, str]:
 
 def write_data(model: str, folder: Path, size: Size, seed: int) -> None:
     """Write train.jsonl, which depends on the seed, and eval.jsonl, which is the same for all runs."""
-    if model == "ladder":
-        ladder.write_data(folder, train=size.pool, evaluation=size.held_out, seed=seed)
-    else:
-        for name, count, at in (("train", size.pool, seed), ("eval", size.held_out, 0)):
-            rows = make_split(count, at, evaluation=name == "eval", levels=LADDERS[model])
-            write_jsonl(folder / f"{name}.jsonl", rows)
+    levels = ladder.LEVELS if model == "ladder" else LADDERS[model]
+    for name, count, at in (("train", size.pool, seed), ("eval", size.held_out, 0)):
+        write_jsonl(folder / f"{name}.jsonl", make_split(count, at, evaluation=name == "eval", levels=levels))
 
 
 def flags_of(model: str, size: Size, method: list[str], seed: int, out: Path) -> list[str]:

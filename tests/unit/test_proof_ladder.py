@@ -8,7 +8,7 @@ import pytest
 import reward_func
 import tasks
 
-from benchmarks.proof import ladder, pretrain
+from benchmarks.proof import ladder, launch, pretrain
 
 POLICY = pretrain.POLICY
 MEGABYTE = 1 << 20
@@ -129,8 +129,9 @@ def test_the_taught_rate_varies_around_the_levels_rate():
 
 
 def test_write_data_is_deterministic_and_evaluation_does_not_depend_on_the_seed(tmp_path):
+    size = launch.Size(prompts=8, steps=30, episodes=1, lr=1e-4, held_out=48)
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
-        ladder.write_data(tmp_path / folder, train=240, evaluation=48, seed=seed)
+        launch.write_data("ladder", tmp_path / folder, size, seed)
     for name, lines in (("train.jsonl", 240), ("eval.jsonl", 48)):
         first, second, other = ((tmp_path / folder / name).read_text() for folder in ("a", "b", "c"))
         assert first == second
