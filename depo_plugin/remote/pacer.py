@@ -9,10 +9,11 @@ A slow encoder then costs a share of the predictions, in proportion, and no wait
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 FIRST_S = 30.0  # of each part, before its length was seen
-SHARE = 0.98  # of the time from the question to the groups, as it was in the step before
+SHARE = 0.98  # of the time from the question to the groups, the shorter of the last two: one may hold an evaluation
 LEARNING_SHARE = 0.98  # of the time from the groups to the next question
 WAITED_SHARE = 0.01  # of a step, while training waits
 LEAST_S = 1.0  # of everything: short steps wait so long, and with a fast encoder nothing depends on timing then
@@ -30,32 +31,34 @@ class Pacer:
         self._asked_at: float | None = None  # for the next batch's scores
         self._judged_at: float | None = None
         self._trains = False  # whether nothing was asked since the last groups
-        self._rolling_s = self._training_s = FIRST_S
+        self._rolling = deque([FIRST_S], maxlen=2)  # seconds of the last two
+        self._training = deque([FIRST_S], maxlen=2)
 
     def asked(self, sent: float, waited_for: bool) -> None:
         """Note a question for scores."""
         if self._trains and self._judged_at is not None:
-            self._training_s, self._trains = sent - self._judged_at, False
+            self._training.append(sent - self._judged_at)
+            self._trains = False
         if not waited_for:
             self._asked_at = sent
 
     def judged(self, sent: float) -> None:
         """Note a step's groups."""
         if not self._trains and self._asked_at is not None:
-            self._rolling_s = sent - self._asked_at
+            self._rolling.append(sent - self._asked_at)
         self._judged_at, self._trains = sent, True
 
     def for_scores(self) -> float:
         """Return the seconds for the next batch's scores."""
-        return max(LEAST_S, self._left(self._asked_at, SHARE * self._rolling_s))
+        return max(LEAST_S, self._left(self._asked_at, SHARE * min(self._rolling)))
 
     def for_learning(self) -> float:
         """Return the seconds for learning and then reading on, before the next question; 0 if they are over."""
-        return self._left(self._judged_at, max(LEAST_S, LEARNING_SHARE * self._training_s))
+        return self._left(self._judged_at, max(LEAST_S, LEARNING_SHARE * min(self._training)))
 
     def for_those_who_wait(self) -> float:
         """Return the seconds for scores that training waits for."""
-        return max(LEAST_S, WAITED_SHARE * (self._rolling_s + self._training_s))
+        return max(LEAST_S, WAITED_SHARE * (min(self._rolling) + min(self._training)))
 
     def _left(self, since: float | None, seconds: float) -> float:
         return max(0.0, seconds if since is None else since + seconds - self._clock())

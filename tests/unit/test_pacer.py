@@ -21,10 +21,10 @@ def clock():
 
 @pytest.fixture
 def made(clock):
-    """Two steps of 60 s of rollouts and 20 s of training; the questions come at 0, 80 and 160."""
+    """Three steps of 60 s of rollouts and 20 s of training; the last question comes at 160."""
     made = Pacer(clock)
     assert made.for_scores() == pytest.approx(SHARE * FIRST_S)
-    for start in (0.0, 80.0):
+    for start in (-80.0, 0.0, 80.0):
         made.asked(start, waited_for=False)
         made.judged(start + 60.0)
     made.asked(160.0, waited_for=False)
@@ -62,7 +62,7 @@ def test_a_question_that_training_waits_for_ends_the_training_and_begins_no_roll
 
 def test_those_who_wait_wait_for_a_hundredth_of_a_step_or_a_second(made):
     assert made.for_those_who_wait() == LEAST_S
-    made._rolling_s = 180.0
+    made._rolling.extend([180.0, 190.0])
     assert made.for_those_who_wait() == pytest.approx(WAITED_SHARE * 200)
 
 
@@ -72,9 +72,17 @@ def test_groups_without_a_question_before_them_leave_the_lengths_as_they_were(cl
     made.asked(0.0, waited_for=False)
     made.judged(50.0)
     made.judged(90.0)
-    assert made._rolling_s == 50.0
+    assert list(made._rolling) == [FIRST_S, 50.0]
     made.asked(100.0, waited_for=False)
-    assert made._training_s == 10.0
+    assert list(made._training) == [FIRST_S, 10.0]
+
+
+def test_an_evaluation_in_one_step_is_not_taken_for_the_next_one(made, clock):
+    made.judged(220.0)
+    made.asked(600.0, waited_for=False)  # 360 s of evaluation
+    made.judged(660.0)
+    clock.now = 660.0
+    assert made.for_learning() == pytest.approx(LEARNING_SHARE * 20)
 
 
 @pytest.mark.slow
