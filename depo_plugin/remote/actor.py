@@ -27,6 +27,8 @@ logger = logging.getLogger(f"openrlhf.{__name__}")  # OpenRLHF's own handler and
 PLACEMENT_TIMEOUT_S = 120
 BUILD_TIMEOUT_S = 600  # at the start; a first build may compile DeepSpeed's operators
 MOST_THREADS = 4  # by default: the models' own processes need the other cores
+SNAPSHOT_S = 300.0  # between OpenRLHF's checkpoints: what a restart may lose
+SNAPSHOT = Path("snapshot", "newest")  # in a folder of its own: it is no checkpoint of a tag
 RETRY_S = 60.0  # after a build that failed, until the next try
 
 
@@ -38,7 +40,8 @@ class EstimatorActor:
     """Hosts one DifficultyEstimator; calls of one caller run in the order they were made.
 
     An actor that Ray restarts builds its estimator at once and takes up the checkpoint that its run last saved or
-    loaded. If that fails (a node without the encoder), it stays, answers with the reason and tries again later.
+    loaded, or a newer snapshot: Ray's memory monitor may take this process long after OpenRLHF's last checkpoint. If
+    that fails (a node without the encoder), it stays, answers with the reason and tries again later.
     """
 
     def __init__(self, args, group_size: int, snapshot_root: str, run: str):
@@ -57,6 +60,7 @@ class EstimatorActor:
         self.update_s = 0.0
         self.pacer, self.unread = Pacer(), []  # prompts that were asked about and are not embedded yet
         self._estimator, self._failure, self._retry_at = None, "", 0.0
+        self._written_at = time.monotonic()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             with contextlib.suppress(BuildError):  # said by the first call
                 self.build()
@@ -114,6 +118,11 @@ class EstimatorActor:
             tag, state = newest
             made.load_state_dict(state)
             lost = f"has lost what it learned after checkpoint {tag}"
+        with contextlib.suppress(checkpoint.CheckpointError):
+            snapshot = checkpoint.load(self.root / SNAPSHOT)
+            if snapshot["run"] == self.run and snapshot["state"]["updates"] > made.updates:
+                made.load_state_dict(snapshot["state"])
+                lost = f"has lost what it learned after its update {made.updates}"
         logger.warning("DEPO: the difficulty estimator was restarted and %s.", lost)
 
     def score(self, prompts: list[str], labels: list[str], waited_for: bool, sent: float) -> Scores:
@@ -179,6 +188,10 @@ class EstimatorActor:
         self.tally["labels_unsent"] += self.estimator.learn(judged, self.pacer.for_learning() / 2)
         self.update_s = time.perf_counter() - start
         self.estimator.text.prepare(self.unread, self.pacer.for_learning())
+        if time.monotonic() - self._written_at > SNAPSHOT_S:
+            self._written_at = time.monotonic()
+            with contextlib.suppress(OSError):  # the next save() says it
+                checkpoint.save(self.root / SNAPSHOT, {"run": self.run, "state": self.estimator.state_dict()})
 
     def save(self, tag: str, live_tags: set[str]) -> float | str:
         """Write the checkpoint `tag` and remove ours whose OpenRLHF checkpoint is gone; return the seconds it took.
@@ -193,6 +206,7 @@ class EstimatorActor:
             return str(error)
         except Exception as error:  # noqa: BLE001, a fault of the save, reported as that
             return f"{type(error).__name__}: {error}"
+        self._written_at = time.monotonic()
         checkpoint.prune(self.root, live_tags | {tag})
         return time.perf_counter() - start
 

@@ -287,3 +287,19 @@ def test_what_there_was_no_time_to_read_has_no_score_and_is_read_while_the_polic
     assert np.isnan(handle.score_async(new, answers, waited_for=True).result().a).sum() == 24
     learn(handle, label(3, 0.5))
     assert not np.isnan(handle.score_async(new, answers, waited_for=True).result().a).any()
+
+
+def test_a_restart_takes_up_the_snapshot_that_is_newer_than_the_checkpoint(actor, handle, args, caplog):
+    """Nothing was saved since the learning; a snapshot was due."""
+
+    def due(host):
+        remote_actor.SNAPSHOT_S = 0.0
+
+    handle.save("global_step9", set())
+    on(actor, due)
+    learned = learn(handle, label(2, 0.5))["updates"] + 1
+    saved = score(handle)
+    os.kill(pid_of(actor), signal.SIGKILL)
+    assert same(answer_again(handle), saved)
+    assert saved.updates == learned
+    assert (Path(args.ckpt.path) / "depo" / "snapshot" / "newest.safetensors").is_file()
