@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from depo_plugin.estimator import checkpoint
@@ -233,7 +233,7 @@ def create(args, group_size: int, snapshot_root: str, placement_group=None):
 
     If no CPU is free, it runs without reserving one. If its process dies meanwhile, Ray restarts it, and the same call
     is sent again. Raises RuntimeError naming the settings and what the cluster has free if it cannot be placed in
-    PLACEMENT_TIMEOUT_S, and the reason if it cannot be built.
+    PLACEMENT_TIMEOUT_S, and the reason if its process cannot start or it cannot be built.
     """
     settings = args.depo.estimator
     options = {
@@ -259,6 +259,12 @@ def create(args, group_size: int, snapshot_root: str, placement_group=None):
     actor = ray.remote(EstimatorActor).options(**options).remote(args, group_size, snapshot_root, uuid.uuid4().hex)
     try:
         ask_until(actor, "ping", timeout_s=PLACEMENT_TIMEOUT_S)
+    except RayTaskError as error:  # Ray could not make it from what its node has installed
+        ray.kill(actor)
+        raise RuntimeError(
+            f"DEPO: the difficulty estimator's process cannot start: {last_line(error)}. openrlhf-depo must be "
+            "installed on every node, in the environment of Ray's workers."
+        ) from None
     except RayError:
         ray.kill(actor)
         free = {name: amount for name, amount in ray.available_resources().items() if name in ("CPU", "GPU")}

@@ -303,3 +303,22 @@ def test_a_restart_takes_up_the_snapshot_that_is_newer_than_the_checkpoint(actor
     assert same(answer_again(handle), saved)
     assert saved.updates == learned
     assert (Path(args.ckpt.path) / "depo" / "snapshot" / "newest.safetensors").is_file()
+
+
+def test_a_node_without_the_package_is_told_what_it_lacks(cluster, args, tmp_path, monkeypatch):
+    """Ray makes a stand-in of an actor whose class the node cannot import; each of its methods raises this."""
+
+    class Stranger:
+        def __init__(self, *args):
+            """Take anything."""
+
+        def ping(self):
+            raise RuntimeError("The actor could not be imported: No module named 'depo_plugin'")
+
+    monkeypatch.setattr(remote_actor, "EstimatorActor", Stranger)
+    monkeypatch.setattr(remote_handle, "actor_name", lambda: "a_stranger")
+    with pytest.raises(RuntimeError) as error:
+        remote_actor.create(arguments(args.depo.estimator.model, tmp_path), GROUP, str(tmp_path))
+    told = str(error.value)
+    assert "cannot start: RuntimeError: The actor could not be imported: No module named 'depo_plugin'" in told
+    assert "must be installed on every node" in told
