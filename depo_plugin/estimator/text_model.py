@@ -6,6 +6,7 @@ Suffixes: B = prompts of one call, E = the encoder's width.
 
 import contextlib
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +82,8 @@ class TextModel:
         self._heads.eval()  # but in step()
         self._micro_batch_tokens = cfg.micro_batch_tokens or embed.MICRO_BATCH_TOKENS[self.device.type]
         self._digest = weights_digest(self._encoder) if self._frozen else None
-        self._chars_per_s: float | None = None  # of new prompts, as last measured
+        self._warm = False  # whether prompts were embedded before: the first call takes longer
+        self._speeds: deque[float] = deque(maxlen=3)  # characters of new prompts a second, of the last calls
         dtype = cfg.dtype
         self._use(embed.fastest_dtype(self._encoder, self.device, self._max_length) if dtype == "auto" else dtype)
 
@@ -125,8 +127,7 @@ class TextModel:
                 raise EstimatorError(
                     "the encoder gave NaN or infinity. Use --depo.estimator.dtype fp32, or another encoder."
                 )
-            read = sum(self._read_chars(prompts[i]) for i in missing)
-            self._chars_per_s = read / max(time.perf_counter() - start, 1e-9)
+            self._measure([prompts[i] for i in missing], time.perf_counter() - start)
             return x_BE
 
         x_BE = torch.from_numpy(unit(self._cache.get(_keys(prompts), compute).astype(np.float32)))
@@ -135,31 +136,37 @@ class TextModel:
     def prepare(self, prompts: list[str], seconds: float) -> np.ndarray:
         """Embed as many of these prompts, in their order, as should take so many seconds; return which are embedded.
 
-        bool (B,). By the speed of the last call, but with a second or more at least LEAST of them, so that one slow
-        call is not believed for ever; before the first call UNMEASURED, but none with 0 seconds. In mode finetune
-        there is nothing to prepare: all are True.
+        bool (B,). By the best speed of the last calls, but with a second or more at least LEAST of them, so that a
+        slow call is not believed for ever; before a speed is known UNMEASURED, but none with 0 seconds. In mode
+        finetune there is nothing to prepare: all are True.
         """
         if not self._frozen or not prompts:
             return np.ones(len(prompts), bool)
-        known_B = self._cache.known(_keys(prompts))
+        keys_B = _keys(prompts)
+        known_B = self._cache.known(keys_B)
         missing = np.flatnonzero(~known_B)
-        if self._chars_per_s is None:
-            count = UNMEASURED
-        else:
+        count = UNMEASURED
+        if self._speeds:
             chars = np.cumsum([self._read_chars(prompts[i]) for i in missing])
-            count = int(np.searchsorted(chars, seconds * self._chars_per_s, side="right"))
+            count = int(np.searchsorted(chars, seconds * max(self._speeds), side="right"))
             count = max(count, LEAST if seconds >= 1 else 0)
         missing = missing[: count if seconds > 0 else 0]
         if len(missing):
             self.embed([prompts[i] for i in missing])
-            known_B[missing] = True
+            known_B |= np.isin(keys_B, keys_B[missing])  # one may occur twice
         return known_B
 
     def rate(self, prompts: list[str]) -> float | None:
         """Return how many new prompts like these are read a second, as last measured; None before that."""
-        if self._chars_per_s is None or not prompts:
+        if not self._speeds or not prompts:
             return None
-        return self._chars_per_s * len(prompts) / sum(map(self._read_chars, prompts))
+        return max(self._speeds) * len(prompts) / sum(map(self._read_chars, prompts))
+
+    def _measure(self, prompts: list[str], seconds: float) -> None:
+        """Note the speed of a call, unless it is the first or too small to tell."""
+        if self._warm and len(prompts) >= LEAST:
+            self._speeds.append(sum(map(self._read_chars, prompts)) / max(seconds, 1e-9))
+        self._warm = True
 
     def _read_chars(self, prompt: str) -> int:
         """Return about how many characters of a prompt are read: a token is about CHARS_PER_TOKEN of them."""

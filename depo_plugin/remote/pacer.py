@@ -16,7 +16,7 @@ FIRST_S = 30.0  # of each part, before its length was seen
 SHARE = 0.98  # of the time from the question to the groups, the shorter of the last two: one may hold an evaluation
 LEARNING_SHARE = 0.98  # of the time from the groups to the next question
 WAITED_SHARE = 0.01  # of a step, while training waits
-LEAST_S = 1.0  # of everything: short steps wait so long, and with a fast encoder nothing depends on timing then
+LEAST_S = 2.0  # of everything: short steps wait so long, and with a fast encoder nothing depends on timing then
 
 
 class Pacer:

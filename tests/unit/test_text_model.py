@@ -140,6 +140,38 @@ def test_very_sure_logits_are_bounded(either):
         assert made.logits(read(made)).tolist() == [bound] * 20
 
 
+NEW = [f"{i:04}" * 5 for i in range(100)]  # 20 characters each: 21 with the one that a prompt counts at least
+
+
+@pytest.mark.parametrize(("seconds", "known"), [(0, 0), (0.5, 5), (2, 20), (0.99, 9), (1, 16), (60, 100)])
+def test_as_much_is_read_as_there_is_time_for(make, seconds, known):
+    """The best of the last three speeds: 210 characters a second. With a second or more at least 16 prompts."""
+    made = make(mode="frozen")
+    made._speeds.extend([9999.0, 20.0, 210.0, 100.0])
+    assert made.rate(NEW[:3]) == pytest.approx(10)
+    assert made.prepare(NEW, seconds).tolist() == [True] * known + [False] * (100 - known)
+    assert made._cache.known(text_model._keys(NEW)).sum() == known
+    again = made.prepare(NEW[::-1], 0)
+    assert again.tolist() == [False] * (100 - known) + [True] * known
+
+
+def test_a_speed_is_measured_by_the_second_call_and_not_by_small_ones(make):
+    made = make(mode="frozen")
+    assert made.prepare(NEW * 3, 60).sum() == 300  # the first 256 of them are all of them, three times
+    assert (list(made._speeds), made.rate(NEW)) == ([], None)
+    read(made, ["a small call"])
+    assert list(made._speeds) == []
+    read(made, [f"one more: {i}" for i in range(20)])
+    (speed,) = made._speeds
+    assert speed > 0
+    read(made, [f"one more: {i}" for i in range(20)])  # from the cache
+    assert list(made._speeds) == [speed]
+
+
+def test_a_trained_encoder_has_nothing_to_read_ahead(make):
+    assert make(mode="finetune").prepare(NEW, 0).all()
+
+
 def test_an_embedding_that_is_not_finite_is_a_fault_and_is_not_cached(make, monkeypatch):
     made, whole = make(mode="frozen"), embed.embed
     monkeypatch.setattr(embed, "embed", lambda *inputs: whole(*inputs) * float("nan"))
