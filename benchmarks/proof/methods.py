@@ -35,6 +35,6 @@ METHODS = {
     "soft": depo("--depo.filter.rule soft", "soft"),
     "soft-weighted": depo(f"--depo.filter.rule soft {WEIGHTED} --depo.advantage.clip 2", "soft, weighted"),
 }
-RECOMMENDED = "rehearsal"
+RECOMMENDED = "window"  # the defaults
 DEFAULT = ("grpo", "dynamic", "window", "rehearsal", "utility-0.1", "soft")
 QUICK = ("grpo", RECOMMENDED)
