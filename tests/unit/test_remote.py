@@ -279,6 +279,7 @@ def test_without_a_free_cpu_it_reserves_none(start, args, tmp_path, caplog):
 def test_what_there_was_no_time_to_read_has_no_score_and_is_read_while_the_policy_trains(actor, handle):
     def believed_slow(host):
         host.estimator.text._speeds.extend([1.0] * 3)
+        host.estimator.text._warm = True
 
     on(actor, believed_slow)
     new, answers = [f"a prompt of its own, {i}" for i in range(40)], ["1"] * 40
