@@ -24,9 +24,9 @@ cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-say "Tests (unit tests take three minutes, the launches of the real stack about twenty)"
+say "Tests (unit tests take ten minutes, the launches of the real stack about thirty)"
 # Ray cannot start workers if the path has a space, so cpu_ray makes a link to .venv then.
 python=$(cd scripts/quickstart && "$venv/bin/python" -c 'import cpu_ray; print(cpu_ray.PYTHON)')
 if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; fi
 "$python" -m pytest tests/unit -n auto --maxprocesses 4 --dist loadfile
-exec "$python" -m pytest tests/e2e
+exec "$python" -m pytest tests/e2e -n 2 --dist loadfile
