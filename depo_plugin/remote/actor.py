@@ -58,7 +58,8 @@ class EstimatorActor:
         self.judged: list[Label] = []
         self.tally: Counter[str] = Counter()
         self.update_s = 0.0
-        self.pacer, self.unread = Pacer(), []  # prompts that were asked about and are not embedded yet
+        self.pacer = Pacer()
+        self.unread: list[str] = []  # prompts that were asked about and are not embedded yet
         self._estimator, self._failure, self._retry_at = None, "", 0.0
         self._written_at = time.monotonic()
         if ray.get_runtime_context().was_current_actor_reconstructed:
