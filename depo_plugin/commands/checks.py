@@ -26,6 +26,7 @@ from typing import Any
 
 from depo_plugin.commands import patching
 
+TRAINER = "openrlhf.cli.train_ppo_ray"
 OK, WARN, FAIL = "OK", "WARN", "FAIL"
 SAMPLE = 16  # prompts that the encoder's speed is measured with
 KEPT = 0.45  # of the prompts scanned, as a guess of what a filter keeps
@@ -46,6 +47,12 @@ class Check:
 
 class _Parsed(Exception):
     """Carries the validated arguments out of OpenRLHF's train()."""
+
+
+def flags_of(words: list[str]) -> list[str] | None:
+    """Return the trainer's flags in a launch's command line, None if it does not start the trainer."""
+    at = next((i for i, word in enumerate(words) if word == TRAINER or word.endswith("train_ppo_ray.py")), None)
+    return None if at is None else words[at + 1 :]
 
 
 def all_of(flags: list[str]) -> Iterator[Check]:
@@ -107,7 +114,7 @@ def check_flags(flags: list[str]) -> tuple[Check, Any]:
 
             ray.is_initialized = lambda: True  # train() starts Ray, unless it is up
             openrlhf.utils.get_strategy = _stop  # and then asks for this
-            runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
+            runpy.run_module(TRAINER, run_name="__main__")
     except _Parsed as parsed:
         args = parsed.args[0]
     except SystemExit:

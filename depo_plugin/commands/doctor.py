@@ -13,11 +13,10 @@ Exit status: 0 if nothing fails, 1 if a check fails, 2 if the options are wrong.
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 
 from depo_plugin.commands import checks
-
-TRAINER = "openrlhf.cli.train_ppo_ray"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `depo doctor` and return the exit status."""
-    flags = flags_of(args.launch)
+    flags = checks.flags_of(args.launch)
     if flags is None:
-        print(f"depo doctor: after --, give the launch's command line, with {TRAINER} or train_ppo_ray.py in it.")
+        print(
+            f"depo doctor: after --, give the launch's command line, with {checks.TRAINER} or train_ppo_ray.py in it.",
+            file=sys.stderr,
+        )
         return 2
     found = []
     for check in checks.all_of(flags):
@@ -42,9 +44,3 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(check) for check in found], indent=1))
     return int(any(check.status == checks.FAIL for check in found))
-
-
-def flags_of(words: list[str]) -> list[str] | None:
-    """Return the trainer's flags in a launch's command line, None if it does not start the trainer."""
-    at = next((i for i, word in enumerate(words) if word == TRAINER or word.endswith("train_ppo_ray.py")), None)
-    return None if at is None else words[at + 1 :]

@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from depo_plugin.commands import checks, doctor
+from depo_plugin.commands import checks
 
 BATCH = 64  # prompts from one look at the progress bar to the next
 
@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `depo embed` and return the exit status."""
-    flags = doctor.flags_of(args.launch)
+    flags = checks.flags_of(args.launch)
     if flags is None:
-        print(f"depo embed: after --, give the launch's command line, with {doctor.TRAINER} in it.")
+        print(f"depo embed: after --, give the launch's command line, with {checks.TRAINER} in it.", file=sys.stderr)
         return 2
     check, launch = checks.check_flags(flags)
     if launch is None:

@@ -27,7 +27,7 @@ NOT_RUN = {
     "cp -r PRISTINE": "the same",
     "bash scripts/patch_sums.sh": "the same",
     "depo score runs/a": "needs a checkpoint and a launch; test_score.py runs both ways",
-    "depo backtest LOG": "needs a log, and a launch; test_backtest.py and test_off.py run them",
+    "depo doctor -- python3": "needs a launch and a log; test_doctor.py, test_backtest.py and test_off.py run them",
 }
 
 
@@ -94,7 +94,7 @@ def test_the_flags_that_pages_name_exist():
 def test_the_readmes_table_has_the_defaults():
     rows = re.findall(r"^\| (`--depo\..*?) \| (.*?) \|", TEXTS["README.md"], re.MULTILINE)
     assert len(rows) >= 8
-    said = {"bundled MiniLM": None}
+    said = {"bundled MiniLM": None, "half of the cores, at most 4": None}
     for flags, defaults in rows:
         settings = [config.SETTINGS[key] for key in re.findall(r"--depo\.([\w.]+)", flags)]
         wanted = [setting.default for setting in settings]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from nested_args import nested
 
-from depo_plugin.commands import checks, doctor
+from depo_plugin.commands import checks
 from depo_plugin.commands.cli import main
 from depo_plugin.estimator.text_model import TextModel
 from depo_plugin.settings.config import EstimatorConfig
@@ -42,6 +42,7 @@ def words(tmp_path, *more):
         "--actor.num_gpus_per_node": 1,
         "--vllm.num_engines": 1,
         "--vllm.tensor_parallel_size": 1,
+        "--algo.kl.init_coef": 0,
         "--advantage_estimator": "depo",
     }
     launch = ["ray", "job", "submit", "--", "python3", "-m", "openrlhf.cli.train_ppo_ray"]
@@ -129,8 +130,8 @@ def test_flags_that_openrlhf_refuses_end_it(patched_copy, plain_copy, tmp_path):
 
 def test_the_command_line_must_start_the_trainer(capsys):
     assert main(["doctor", "--", "python3", "train.py", "--advantage_estimator", "depo"]) == 2
-    assert "openrlhf.cli.train_ppo_ray" in capsys.readouterr().out
-    assert doctor.flags_of(["python3", "x/train_ppo_ray.py", "--a", "1"]) == ["--a", "1"]
+    assert "openrlhf.cli.train_ppo_ray" in capsys.readouterr().err
+    assert checks.flags_of(["python3", "x/train_ppo_ray.py", "--a", "1"]) == ["--a", "1"]
 
 
 def test_the_lines_that_it_prints(monkeypatch, capsys):

@@ -31,7 +31,9 @@ FLAGS = """
 --depo.estimator.dtype
 --depo.estimator.num_gpus
 --depo.estimator.num_cpus
+--depo.estimator.threads
 --depo.estimator.timeout_s
+--depo.estimator.cache_dir
 --depo.estimator.updates_per_step
 --depo.estimator.replay
 --depo.history.kappa

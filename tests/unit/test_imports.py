@@ -71,7 +71,7 @@ def test_a_light_module_imports_nothing_heavy(name):
 def test_the_help_of_a_command_imports_nothing_heavy(command):
     loaded = modules_after(*run_depo(command, "--help"))
     modules = {name for name in loaded if name.startswith("depo_plugin.commands.")}
-    assert modules - {"depo_plugin.commands.patching"} == {
+    assert modules - {"depo_plugin.commands.patching", "depo_plugin.commands.checks"} == {
         "depo_plugin.commands.cli",
         f"depo_plugin.commands.{command}",
     }
