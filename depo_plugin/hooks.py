@@ -198,7 +198,7 @@ def _say_shadow() -> None:
 def attach(args, site: str, path: str) -> None:
     """Record that the hook at `site` runs in this process, from OpenRLHF's file `path`; check_attached reads it.
 
-    The process that trains also writes what this launch is set to, for `depo report`, where it will write the metrics.
+    The process that trains also writes the launch's settings beside its metrics, for `depo report`.
     """
     from depo_plugin import seam
     from depo_plugin.settings import launch

@@ -287,10 +287,10 @@ class DifficultyFilteredLoader:
     def load_state_dict(self, state: dict) -> None:
         """Take up a state_dict(); the next iter() goes on with its episode, also if that has no prompt left.
 
-        What has changed since is taken along, with one warning. With another batch size the stream goes on where it
-        was. With other prompts (told by their digest), with another seed, and after a launch without DEPO, whose state
-        is that of OpenRLHF's own loader, positions mean other prompts: then the next pass starts. Raises ValueError if
-        fields of DEPO's own part are missing or unexpected.
+        A launch that has changed since is accepted, with one warning. With another batch size the stream goes on from
+        its position. With other prompts (told by their digest), with another seed, and after a launch without DEPO,
+        whose state is that of OpenRLHF's own loader, positions mean other prompts: then the next pass starts. Raises
+        ValueError if fields of DEPO's own part are missing or unexpected.
         """
         self._queue, self._asked, self._exhausted = deque(), None, False
         if STATE not in state:

@@ -111,8 +111,8 @@ def spearman(x_B: np.ndarray, y_B: np.ndarray) -> float | None:
 def prediction_metrics(p_B: np.ndarray, v_B: np.ndarray, y_B: np.ndarray, signal_B: np.ndarray) -> dict[str, float]:
     """Return the metrics that compare predictions made before learning with outcomes; undefined ones are left out.
 
-    p_B: predicted pass rates; v_B: predicted chances of any signal; y_B: observed pass rates, all in [0, 1], and NaN
-    where nothing was predicted; signal_B: whether the group's rewards differ. B ≥ 1.
+    p_B: predicted pass rates; v_B: predicted chances of any signal, both in [0, 1], or NaN if nothing was predicted;
+    y_B: observed pass rates in [0, 1]; signal_B: whether the group's rewards differ. B ≥ 1.
     """
     signal_B = np.asarray(signal_B, bool)
     known_B = np.isfinite(p_B)
