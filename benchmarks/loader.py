@@ -127,10 +127,10 @@ class Encoder:
         self._at += len(new) / self.rate
         self._free_at = self._at
 
-    def wait(self) -> None:
-        """Wait for all calls that were made."""
-        self.blocked += max(0.0, self._free_at - self.now)
-        self.now = max(self.now, self._free_at)
+    def wait(self, until: float) -> None:
+        """Let the launch wait for an answer that is there at `until`."""
+        self.blocked += max(0.0, until - self.now)
+        self.now = max(self.now, until)
 
     def score_async(self, prompts: list[str], labels: list[str], waited_for: bool = False) -> SimpleNamespace:
         self._begin()
@@ -146,8 +146,7 @@ class Encoder:
         scores, done = Scores(a_B, 8.0 - a_B, np.zeros(len(prompts)), self.updates), self._free_at
 
         def result() -> Scores:
-            self.blocked += max(0.0, done - self.now)
-            self.now = max(self.now, done)
+            self.wait(done)
             return scores
 
         return SimpleNamespace(result=result)
@@ -155,10 +154,12 @@ class Encoder:
     def record(self, records: list[Record]) -> None:
         self.records += records
 
-    def judge(self) -> None:
+    def judge(self) -> float:
+        """Return when the answer is there."""
         self._begin()
         self.pacer.judged(self.now)
         self._free_at = self._at
+        return self._free_at
 
     def learn(self, prompts: list[str]) -> None:
         self._begin()
@@ -179,12 +180,10 @@ def paced(rate: float, batch: int, step_s: float) -> dict:
         before = encoder.blocked
         prompts = [next(loader) for _ in range(batch)]
         encoder.now += ROLLOUTS * step_s
-        encoder.judge()
-        judged = encoder._free_at
+        judged = encoder.judge()
         encoder.learn(prompts)
         encoder.now += (1 - ROLLOUTS) * step_s
-        encoder.blocked += max(0.0, judged - encoder.now)  # the log waits for the judgement alone
-        encoder.now = max(encoder.now, judged)
+        encoder.wait(judged)  # the log waits for the judgement alone
         blocked.append((encoder.blocked - before) / step_s)
     decided = [record for record in encoder.records if record.reason is not Reason.WARMUP]
     share = np.mean([record.reason is not Reason.UNSCORED for record in decided])

@@ -350,11 +350,10 @@ class DifficultyFilteredLoader:
             text += (
                 " A prompt is known if its text and label are the same as before. If the data is the same, something "
                 "in the prompts changes from launch to launch, such as a chat template or system prompt that writes a "
-                "date: then every prompt is a new one. The next prompt is %.300r."
+                "date: then every prompt is a new one. The next prompt is "
+                f"{repr(self._stream.item(self._cursor).prompt)[:300]}."
             )
-            logger.warning(text, self._stream.item(self._cursor).prompt)
-        else:
-            logger.warning("%s", text)
+        logger.warning("%s", text)
 
     def _go_on_without_state(self, state: dict) -> None:
         """Go on after a launch without DEPO: finish its episode, with a new pass over the pool."""

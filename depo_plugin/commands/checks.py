@@ -236,10 +236,8 @@ def _judge_reward(args: Any, name: str, answer: Any) -> Check:
 
 def gpus_needed(args: Any) -> float:
     """Return how many GPUs the launch's models take, by OpenRLHF's arithmetic."""
-    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
-    engines = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
+    needed, engines = _shared_gpus(args)
     together = args.train.colocate_all
-    needed = actor
     if args.algo.kl.init_coef > 0 and not (together or args.train.colocate_actor_ref):
         needed += args.ref.num_nodes * args.ref.num_gpus_per_node
     if not together or args.train.async_enable:
@@ -249,13 +247,18 @@ def gpus_needed(args: Any) -> float:
     return needed + (0 if together else args.depo.estimator.num_gpus)
 
 
+def _shared_gpus(args: Any) -> tuple[int, int]:
+    """Return the GPUs of the policy and of vLLM, which --train.colocate_all lets share."""
+    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
+    return actor, (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
+
+
 def check_gpus(args: Any) -> Check:
     """Compare the GPUs that the launch takes with those that are here."""
     import torch
 
     needed, here = gpus_needed(args), torch.cuda.device_count()
-    engines = (args.vllm.num_engines or 0) * args.vllm.tensor_parallel_size
-    actor = args.actor.num_nodes * args.actor.num_gpus_per_node
+    actor, engines = _shared_gpus(args)
     if args.train.colocate_all and not args.train.async_enable and engines != actor:
         return Check(
             "gpus",
@@ -282,9 +285,14 @@ def check_cpus(args: Any) -> Check:
     return Check("cpus", OK, said)
 
 
+def _existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists, as an absolute path."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
 def check_folder(path: Path) -> Check:
     """Whether the checkpoint folder can be written, with rename, fsync, locks and memory maps."""
-    above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    above = _existing(path)
     try:
         made = tempfile.TemporaryDirectory(prefix=".depo-doctor-", dir=above)
     except OSError as error:
@@ -338,8 +346,7 @@ _FILE_SYSTEM = {"rename": _rename, "fsync": _fsync, "locks": _lock, "memory maps
 
 def check_disk(args: Any) -> Check:
     """Compare the free disk with what the policy's checkpoints take, if its weights are a local folder."""
-    path = Path(args.ckpt.path).absolute()
-    free = shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+    free = shutil.disk_usage(_existing(Path(args.ckpt.path))).free
     weights = Path(args.actor.model_name_or_path)
     size = sum(file.stat().st_size for file in weights.glob("*.safetensors")) if weights.is_dir() else 0
     said = f"{free / 2**30:.0f} GiB free; {EMBEDDING_BYTES} bytes for each prompt's embedding"

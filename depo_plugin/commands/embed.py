@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
         print("depo embed: --depo.estimator.mode finetune keeps no embeddings: nothing to do.")
         return 0
     prompts = checks.prompt_dataset(launch, checks.rows_of(launch)).prompts
-    folder = Path(launch.depo.estimator.cache_dir or Path(launch.ckpt.path) / "depo_embeddings")
+    from depo_plugin.estimator.embedding_cache import folder_of
+
+    folder = folder_of(launch.depo.estimator.cache_dir, Path(launch.ckpt.path))
     fill(launch, prompts, folder)
     print(f"{folder}: {len(prompts):,} prompts are embedded")
     return 0

@@ -78,7 +78,7 @@ def _apply(args: argparse.Namespace) -> int:
         changed = apply(root, wanted)
     print(_describe(root) + (f" ({len(changed)} files written)" if changed else " (already there, nothing to do)"))
     if args.target:
-        print(f'to use this copy: export PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"')
+        print(f"to use this copy: {_export(root)}")
     else:
         _warn_unless_imported(root)
     return 0
@@ -92,7 +92,7 @@ def _unverified(base: Path, target: Path) -> int:
         "and what the hooks rely on in this release (docs/openrlhf.md lists it). Signatures are checked when a launch "
         "starts. Before a long launch run a short one, also with --depo.shadow."
     )
-    print(f'to use this copy: export PYTHONPATH="{target}${{PYTHONPATH:+:$PYTHONPATH}}"')
+    print(f"to use this copy: {_export(target)}")
     return 0
 
 
@@ -152,10 +152,14 @@ def _warn_unless_imported(root: Path) -> None:
     if imported != root:
         print(
             f"warning: {LAUNCH} from here imports {imported / 'openrlhf' if imported else 'no openrlhf'}, not the "
-            f'patched {root / "openrlhf"}. Put that first: export PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}", '
+            f"patched {root / 'openrlhf'}. Put that first: {_export(root)}, "
             "and do not launch from a folder that has its own openrlhf/.",
             file=sys.stderr,
         )
+
+
+def _export(root: Path) -> str:
+    return f'export PYTHONPATH="{root}${{PYTHONPATH:+:$PYTHONPATH}}"'
 
 
 def _usage(text: str) -> int:

@@ -27,6 +27,11 @@ READ = "SELECT key, row FROM rows WHERE key IN (SELECT value FROM json_each(?))"
 WRITE = "INSERT OR IGNORE INTO rows VALUES (?, ?)"  # of two processes that embed the same text, the first counts
 
 
+def folder_of(cache_dir: str | None, checkpoints: Path) -> Path:
+    """Return the folder of a launch's embeddings. cache_dir: --depo.estimator.cache_dir; checkpoints: --ckpt.path."""
+    return Path(cache_dir) if cache_dir else checkpoints / "depo_embeddings"
+
+
 def _connect(path: Path | str) -> sqlite3.Connection:
     """Return a connection to a cache that can be written. path: "" for a temporary file, gone when it is closed."""
     db = sqlite3.connect(path, timeout=TIMEOUT_S, check_same_thread=False)

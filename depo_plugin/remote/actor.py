@@ -100,14 +100,14 @@ class EstimatorActor:
         import torch
 
         from depo_plugin.estimator.backends import deepspeed_strategy
+        from depo_plugin.estimator.embedding_cache import folder_of
         from depo_plugin.estimator.estimator import DifficultyEstimator  # seconds of imports: not while being placed
 
         cfg = config.from_namespace(self.args.depo)
         strategy = deepspeed_strategy(self.args) if cfg.estimator.num_gpus > 0 else None
         if strategy is None:
             torch.set_num_threads(cfg.estimator.threads or default_threads())
-        # By default beside our checkpoints: pruning those must not touch it.
-        cache = Path(cfg.estimator.cache_dir or self.root.with_name("depo_embeddings"))
+        cache = folder_of(cfg.estimator.cache_dir, self.root.parent)
         return DifficultyEstimator(cfg, self.group_size, self.args.train.seed, strategy, cache)
 
     def _take_up_latest(self, made) -> None:

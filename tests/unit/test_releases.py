@@ -56,7 +56,7 @@ def test_it_is_applied_once_and_reverted_to_the_byte(copied):
 
 
 def neighbours(source):
-    """Each call of a hook in a file: (function, hook, the statement before its `if`, the one after)."""
+    """Each `if` around a hook's call: its text, and the first lines of the statements before and after it."""
     tree, found = ast.parse(source), []
     for owner in ast.walk(tree):
         for field in ("body", "orelse", "finalbody"):
