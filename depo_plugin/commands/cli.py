@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": "check a launch on this machine before it starts",
     "embed": "embed a launch's prompts ahead of the run",
     "score": "write what an estimator's checkpoint believes of each prompt's pass rate",
+    "route": "send each request to a small or a large model, by its difficulty",
     "config": "print the effective DEPO settings",
     "patch": "put the DEPO call sites into OpenRLHF, check them, take them out",
     "report": "write a page with figures about one run or several",

@@ -45,24 +45,21 @@ def run(args: argparse.Namespace) -> int:
     except config.ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    from depo_plugin.estimator import checkpoint
+    from depo_plugin.estimator.checkpoint import CheckpointError
     from depo_plugin.estimator.encoder import EncoderError
     from depo_plugin.estimator.estimator import DifficultyEstimator
 
     try:
         asked = list(_asked(args.prompts))
-        state = checkpoint.load(args.checkpoint.with_suffix(""))
-        group_size = state["identity"]["group_size"]
-        estimator = DifficultyEstimator(cfg, group_size, state["seed"])
-        estimator.load_state_dict(state)
-    except (OSError, ValueError, KeyError, checkpoint.CheckpointError, EncoderError) as error:
+        estimator = DifficultyEstimator.from_checkpoint(args.checkpoint, cfg)
+    except (OSError, ValueError, CheckpointError, EncoderError) as error:
         print(f"depo score: {error}", file=sys.stderr)
         return 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
     counts = {"never solved": 0, "always solved": 0}
     with args.out.open("w", encoding="utf-8") as out:
         for start in range(0, len(asked), BATCH):
-            for row in _scored(estimator, asked[start : start + BATCH], group_size):
+            for row in _scored(estimator, asked[start : start + BATCH]):
                 if "verdict" in row:
                     counts[row["verdict"]] += 1
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -87,12 +84,12 @@ def _asked(path: Path) -> Iterator[tuple[str, str]]:
             yield one
 
 
-def _scored(estimator, asked: list[tuple[str, str]], group_size: int) -> Iterator[dict]:
+def _scored(estimator, asked: list[tuple[str, str]]) -> Iterator[dict]:
     """Yield the output's line of each prompt."""
     from depo_plugin.filter import beliefs_of
 
     prompts, labels = map(list, zip(*asked, strict=True))
-    _, beliefs = beliefs_of(estimator.score(prompts, labels), [""] * len(asked), group_size)
+    _, beliefs = beliefs_of(estimator.score(prompts, labels), [""] * len(asked), estimator.group_size)
     fields = (getattr(beliefs, name).tolist() for name in ("p", "a", "b", "v", "visits"))
     for prompt, label, p, a, b, v, visits in zip(prompts, labels, *fields, strict=True):
         n = a + b

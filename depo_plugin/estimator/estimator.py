@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from depo_plugin import __version__
-from depo_plugin.estimator import prior
+from depo_plugin.estimator import checkpoint, prior
 from depo_plugin.estimator.belief import Belief
-from depo_plugin.estimator.checkpoint import CheckpointError
 from depo_plugin.estimator.ledger import Kept, Ledger
 from depo_plugin.estimator.metrics import Judgement, prediction_metrics
 from depo_plugin.estimator.text_model import Targets, TextModel, unit
@@ -48,7 +47,7 @@ class DifficultyEstimator:
 
         group_size: responses per prompt (G); seed: of every use of chance; strategy, cache_dir: as in TextModel.
         """
-        self._cfg, self._group_size, self._seed = cfg, group_size, seed
+        self._cfg, self.group_size, self._seed = cfg, group_size, seed
         self.text = TextModel(cfg.estimator, seed, strategy, cache_dir)
         shared = cfg.estimator.mode == "frozen" and cfg.history.share
         self.belief = Belief(cfg.history, self.text.width if shared else 0)
@@ -63,6 +62,18 @@ class DifficultyEstimator:
 
         if cfg.history.prior:
             self._start_from(prior.read(cfg.history.prior))
+
+    @classmethod
+    def from_checkpoint(cls, path: Path, cfg: DepoConfig) -> "DifficultyEstimator":
+        """Return the estimator that wrote this checkpoint, a .safetensors file, on the CPU.
+
+        cfg: the settings of its launch. Raises CheckpointError if the file cannot be used with them, EncoderError if
+        the encoder cannot be loaded.
+        """
+        state = checkpoint.load(path.with_suffix(""))
+        estimator = cls(cfg, state["identity"]["group_size"], state["seed"])
+        estimator.load_state_dict(state)
+        return estimator
 
     def _start_from(self, known: list[prior.KnownRate]) -> None:
         """Take known pass rates as evidence, in batches. Their policy may have been another one, so they are faded."""
@@ -136,7 +147,7 @@ class DifficultyEstimator:
         kept = self.ledger.take(labels, warn=self.updates >= self._cfg.filter.warmup_steps)
         p_B, v_B = self._predicted(labels, kept, seconds)
         metrics = prediction_metrics(p_B, v_B, y_B, signal_B)
-        metrics |= self.ledger.metrics(kept, y_B, signal_B, self._group_size)
+        metrics |= self.ledger.metrics(kept, y_B, signal_B, self.group_size)
         trained = [label.key for label in labels if label.d is not None]
         self._trained = _with(self._trained, np.array(trained, np.uint64))
         metrics |= self._losses | self._total_metrics() | {"time_score": self._time_score}
@@ -228,7 +239,7 @@ class DifficultyEstimator:
         lost = np.flatnonzero(np.isnan(p_B))
         if len(lost):
             a_B, b_B = self._believed([labels[i].key for i in lost], [labels[i].prompt for i in lost], seconds)
-            p_B[lost], v_B[lost] = a_B / (a_B + b_B), signal_probability(a_B, b_B, self._group_size)
+            p_B[lost], v_B[lost] = a_B / (a_B + b_B), signal_probability(a_B, b_B, self.group_size)
         return p_B, v_B
 
     def _total_metrics(self) -> dict[str, float]:
@@ -245,7 +256,7 @@ class DifficultyEstimator:
     # ── State ──
 
     def _identity(self) -> dict:
-        return self.text.identity() | {"group_size": self._group_size}
+        return self.text.identity() | {"group_size": self.group_size}
 
     def state_dict(self) -> dict:
         """Return all that can change a later score or update, as copies."""
@@ -268,13 +279,13 @@ class DifficultyEstimator:
         for pick in (lambda s: s, lambda s: s["text"], lambda s: s["ledger"]):  # the belief checks its own
             expected, fields = set(pick(mine)), set(pick(state))
             if fields != expected:
-                raise CheckpointError(
+                raise checkpoint.CheckpointError(
                     f"estimator checkpoint: missing {sorted(expected - fields)}, unexpected "
                     f"{sorted(fields - expected)}. It was written by another version of openrlhf-depo."
                 )
         own, found = self._identity(), state["identity"]
         if other := [name for name in own if found.get(name) != own[name]]:
-            raise CheckpointError(
+            raise checkpoint.CheckpointError(
                 "the estimator checkpoint belongs to another estimator: "
                 + "; ".join(f"{IDENTITY_FLAGS[name]} was {found.get(name)}, is {own[name]}" for name in other)
                 + ". Resume with the values it was written with, or remove the folder depo under --ckpt.path."

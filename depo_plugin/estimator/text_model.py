@@ -94,6 +94,10 @@ class TextModel:
             name = f"{self._digest}-{self._max_length}-{dtype}"
             self._cache = EmbeddingCache(self._cache_dir and self._cache_dir / name, self.width)
 
+    def forget(self) -> None:
+        """Close the embedding cache and open it again: without a folder it is empty then."""
+        self._use(self._dtype)
+
     @contextlib.contextmanager
     def _seeded(self, stream: Stream, number: int = 0):
         """Draw from this use's own random stream inside; leave torch's global ones as they were."""

@@ -1,0 +1,1 @@
+"""Routing by difficulty: the small model answers what it can, the large model the rest (`depo route`)."""
