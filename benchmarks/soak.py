@@ -22,7 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+import cpu_ray
 import numpy as np
+import run as quickstart
+import summary
 import torch
 
 from depo_plugin.estimator import checkpoint
@@ -30,12 +33,6 @@ from depo_plugin.messages import Stream
 from depo_plugin.settings import config
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts" / "quickstart"))
-
-import cpu_ray  # noqa: E402
-import run as quickstart  # noqa: E402
-import summary  # noqa: E402
-
 SEED = 42
 SAVE_STEPS = 10
 ACTOR = "ray::EstimatorActor"  # the title that Ray gives its process; a method's name follows while it runs

@@ -20,6 +20,7 @@ Exit status: 0 if done, 1 if a file, model or address cannot be used, 2 if the o
 """
 
 import argparse
+import contextlib
 import logging
 import sys
 from pathlib import Path
@@ -149,5 +150,6 @@ def _serve(args: argparse.Namespace, cfg: config.DepoConfig) -> int:
             timeout_graceful_shutdown=DRAIN_S,
         )
     )
-    server.run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is done
+        server.run()
     return 0 if server.started else 1

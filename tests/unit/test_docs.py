@@ -27,6 +27,8 @@ NOT_RUN = {
     "cp -r PRISTINE": "the same",
     "bash scripts/patch_sums.sh": "the same",
     "depo score runs/a": "needs a checkpoint and a launch; test_score.py runs both ways",
+    "depo route runs/a": "needs a checkpoint and labelled requests; test_route.py runs it",
+    "pip install 'openrlhf-depo[route]'": "installs, and serves two models; tests/e2e/test_route.py does the same",
     "depo doctor -- python3": "needs a launch and a log; test_doctor.py, test_backtest.py and test_off.py run them",
 }
 
@@ -102,6 +104,14 @@ def test_the_readmes_table_has_the_defaults():
         values = [defaults] if defaults in said else re.split(r",? ", defaults)
         given = [said[value] if value in said else config.flag_value(value) for value in values]
         assert given == wanted, flags
+
+
+def test_the_settings_page_lists_every_setting_with_its_default_and_help():
+    rows = re.findall(r"^\| `--depo\.(.+?)` \| (.+?) \| (.+?) \|$", TEXTS["docs/settings.md"], re.MULTILINE)
+    assert rows == [
+        (leaf.key, config.show(list(leaf.default) if isinstance(leaf.default, tuple) else leaf.default), leaf.help)
+        for leaf in config.SETTINGS.values()
+    ]
 
 
 def test_the_metrics_page_lists_every_metric_once():
