@@ -13,8 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 FIRST_S = 30.0  # of each part, before its length was seen
-SHARE = 0.98  # of the time from the question to the groups, the shorter of the last two: one may hold an evaluation
-LEARNING_SHARE = 0.98  # of the time from the groups to the next question
+SHARE = 0.98  # of each part's time, the shorter of the last two: one may hold an evaluation
 WAITED_SHARE = 0.01  # of a step, while training waits
 LEAST_S = 2.0  # of everything: short steps wait so long, and with a fast encoder nothing depends on timing then
 
@@ -54,7 +53,7 @@ class Pacer:
 
     def for_learning(self) -> float:
         """Return the seconds for learning and then reading on, before the next question; 0 if they are over."""
-        return self._left(self._judged_at, max(LEAST_S, LEARNING_SHARE * min(self._training)))
+        return self._left(self._judged_at, max(LEAST_S, SHARE * min(self._training)))
 
     def for_those_who_wait(self) -> float:
         """Return the seconds for scores that training waits for."""

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import loader as bench
 from depo_plugin.remote import pacer
-from depo_plugin.remote.pacer import FIRST_S, LEARNING_SHARE, LEAST_S, SHARE, WAITED_SHARE, Pacer
+from depo_plugin.remote.pacer import FIRST_S, LEAST_S, SHARE, WAITED_SHARE, Pacer
 
 
 class Clock:
@@ -43,7 +43,7 @@ def test_scores_may_take_as_long_as_the_rollouts_did(made, clock):
 def test_learning_may_take_as_long_as_training_did(made, clock):
     made.judged(220.0)
     clock.now = 221.0
-    assert made.for_learning() == pytest.approx(LEARNING_SHARE * 20 - 1)
+    assert made.for_learning() == pytest.approx(SHARE * 20 - 1)
     clock.now = 240.0
     assert made.for_learning() == 0.0
 
@@ -54,7 +54,7 @@ def test_a_question_that_training_waits_for_ends_the_training_and_begins_no_roll
     made.asked(235.0, waited_for=False)
     made.judged(285.0)
     clock.now = 285.0
-    assert made.for_learning() == pytest.approx(LEARNING_SHARE * 10)
+    assert made.for_learning() == pytest.approx(SHARE * 10)
     made.asked(300.0, waited_for=False)
     clock.now = 300.0
     assert made.for_scores() == pytest.approx(SHARE * 50)
@@ -82,7 +82,7 @@ def test_an_evaluation_in_one_step_is_not_taken_for_the_next_one(made, clock):
     made.asked(600.0, waited_for=False)  # 360 s of evaluation
     made.judged(660.0)
     clock.now = 660.0
-    assert made.for_learning() == pytest.approx(LEARNING_SHARE * 20)
+    assert made.for_learning() == pytest.approx(SHARE * 20)
 
 
 @pytest.mark.slow
