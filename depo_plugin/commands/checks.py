@@ -83,7 +83,9 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         with contextlib.redirect_stdout(sys.stderr):  # what data sets and reward functions print
             return check()
     except Exception as error:  # noqa: BLE001, whatever breaks a launch is a result
-        return Check(name, FAIL, f"{type(error).__name__}: {error}", "mend what the error names: the launch would end with it, too")
+        return Check(
+            name, FAIL, f"{type(error).__name__}: {error}", "mend what it names: the launch would end with it"
+        )
 
 
 def check_copy() -> Check:
