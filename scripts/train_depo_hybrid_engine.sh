@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # GRPO with DEPO on math problems: one node of 8 GPUs with 80 GB; policy and vLLM share each GPU (hybrid engine).
 #   bash scripts/train_depo_hybrid_engine.sh [more flags, which override those below]
-# First: pip install "openrlhf-depo[openrlhf]", then `depo patch`. On a cluster, run `ray start --head` before it.
+# First: pip install "openrlhf-depo[openrlhf]", then `depo patch`. If a Ray head runs here, the launch joins it.
 #
-# WE HAVE NOT RUN THIS ON GPUS. A test puts these flags through OpenRLHF 0.11.2's own parser and checks, no more.
-# The recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.
+# WE HAVE NOT RUN THIS ON GPUS. Tests put these flags through the parser and checks of every OpenRLHF that DEPO
+# supports, no more. The recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.
 #
 # To compare with plain GRPO, add `--advantage_estimator group_norm`. To use DAPO's dynamic sampling with DEPO,
 # add `--algo.dynamic_filtering_enable --algo.dynamic_filtering_range 0 1`.
@@ -20,25 +20,22 @@ DEPO_CONFIG=${DEPO_CONFIG:-depo}          # a YAML file, or a shipped preset: de
 OUT=${OUT:-$PWD/runs/depo-math}
 GPUS=${GPUS:-8}
 
-flags=(
-    # DEPO. The estimator runs on the CPU: a share of a GPU (--depo.estimator.num_gpus 0.1) has not been run yet.
+DEPO_ARGS=(
     --advantage_estimator depo
     --depo.config "$DEPO_CONFIG"
+    # The estimator runs on the CPU: a share of a GPU (--depo.estimator.num_gpus 0.1) has not been run yet.
     --depo.estimator.threads 8
+)
 
-    # Placement: policy and vLLM share the GPUs, and each sleeps while the other one works.
-    --train.colocate_all
-    --actor.num_nodes 1
-    --actor.num_gpus_per_node "$GPUS"
-    --vllm.num_engines "$GPUS"
-    --vllm.tensor_parallel_size 1
-    --vllm.gpu_memory_utilization 0.7
-    --vllm.enable_sleep
-    --ds.enable_sleep
-    --vllm.sync_backend nccl
-
-    # Models, data, reward.
+CKPT_ARGS=(
     --actor.model_name_or_path "$MODEL"
+    --ckpt.output_dir "$OUT/model"
+    --ckpt.path "$OUT/ckpt"
+    --ckpt.save_steps 10
+    --ckpt.save_hf
+)
+
+ROLLOUT_ARGS=(
     --reward.remote_url "$REWARD"
     --data.prompt_dataset "$DATASET"
     --data.input_key prompt
@@ -56,28 +53,47 @@ flags=(
     --train.dynamic_batch_enable
     --train.max_tokens_per_gpu 18432
     --rollout.max_tokens_per_gpu 18432
+)
 
-    # Loss: clip-higher, token mean, no KL term (so no reference model).
-    --actor.eps_clip_low_high 0.2 0.28
-    --actor.loss_agg_mode token-mean
-    --algo.kl.init_coef 0
+ENGINE_ARGS=(
+    # Policy and vLLM share the GPUs, and each sleeps while the other one works.
+    --train.colocate_all
+    --actor.num_nodes 1
+    --actor.num_gpus_per_node "$GPUS"
+    --vllm.num_engines "$GPUS"
+    --vllm.tensor_parallel_size 1
+    --vllm.gpu_memory_utilization 0.7
+    --vllm.enable_sleep
+    --ds.enable_sleep
+    --vllm.sync_backend nccl
 
-    --actor.adam.lr 1e-6
-    --actor.gradient_checkpointing_enable
     --ds.zero_stage 3
-    --ds.param_dtype bf16
+    --actor.gradient_checkpointing_enable
     --ds.packing_samples
+    --ds.param_dtype bf16
+)
 
+OPTIMIZER_ARGS=(
+    # Clip-higher, no KL term (so no reference model). OpenRLHF's loss is the mean over tokens, if nothing else is set.
+    --actor.adam.lr 1e-6
+    --actor.eps_clip_low_high 0.2 0.28
+    --algo.kl.init_coef 0
+)
+
+LOG_ARGS=(
+    --logger.tensorboard_dir "$OUT/tensorboard"
     --eval.dataset "$EVAL_DATASET"
     --eval.steps 10
     --eval.temperature 1.0
     --eval.n_samples_per_prompt 8
-    --ckpt.output_dir "$OUT/model"
-    --ckpt.path "$OUT/ckpt"
-    --ckpt.save_steps 10
-    --ckpt.save_hf
-    --logger.tensorboard_dir "$OUT/tensorboard"
 )
 
-set -x
-exec python3 -m openrlhf.cli.train_ppo_ray "${flags[@]}" "$@"
+source "$SCRIPTS/launch.sh"
+launch python3 -m openrlhf.cli.train_ppo_ray \
+    "${DEPO_ARGS[@]}" \
+    "${CKPT_ARGS[@]}" \
+    "${ROLLOUT_ARGS[@]}" \
+    "${ENGINE_ARGS[@]}" \
+    "${OPTIMIZER_ARGS[@]}" \
+    "${LOG_ARGS[@]}" \
+    "$@"

@@ -108,9 +108,12 @@ def end_own(mark: str, session: int, grace_s: float = 10.0) -> None:
 
 
 @contextlib.contextmanager
-def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_s: float = 90):
+def ray_head(
+    env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_s: float = 90, dashboard: bool = False
+):
     """Run a Ray head that reports num_gpus GPUs although there are none. Yield the environment for the launch.
 
+    dashboard: whether the head takes jobs (`ray job submit`), at the same RAY_ADDRESS. It starts ten more processes.
     At the end, also after an exception or Ctrl-C, end every process of the run. Raise RuntimeError if Ray fails.
     """
     mark = uuid.uuid4().hex
@@ -126,7 +129,7 @@ def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_
         log = Path(temp_dir) / "head.log"
         command = f"-m ray.scripts.scripts start --head --block --num-cpus {num_cpus} --num-gpus {num_gpus}"
         ports = f"{FREE_PORTS} --ray-client-server-port {reserved.getsockname()[1]}"
-        flags = ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={temp_dir}"]
+        flags = [f"--include-dashboard={str(dashboard).lower()}", "--disable-usage-stats", f"--temp-dir={temp_dir}"]
         with log.open("w") as out:
             head = subprocess.Popen(
                 [PYTHON, *command.split(), *ports.split(), *flags],

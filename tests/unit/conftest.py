@@ -1,19 +1,29 @@
-"""A real Ray of our own with the estimator's actor on it, for the tests of the remote package and of faults.
+"""What unit tests share: the pristine releases, and a real Ray of our own with the estimator's actor on it.
 
 All tests of a module share one actor, because it takes seconds to start; each counts from the updates it finds.
 """
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from depo_plugin import hooks
+from depo_plugin.commands import patching
 from depo_plugin.remote import actor as remote_actor
 from depo_plugin.remote import handle as remote_handle
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", params=list(patching.releases()))
+def pristine(request):
+    """A folder with the release as it is on PyPI. scripts/test.sh puts it there."""
+    folder = Path(sys.prefix) / "openrlhf-releases" / request.param
+    assert (folder / "openrlhf").is_dir(), f"{folder} is missing: run bash scripts/test.sh once"
+    return folder
 
 
 @pytest.fixture(scope="module")

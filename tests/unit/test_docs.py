@@ -29,6 +29,8 @@ NOT_RUN = {
     "depo score runs/a": "needs a checkpoint and a launch; test_score.py runs both ways",
     "depo route runs/a": "needs a checkpoint and labelled requests; test_route.py runs it",
     "pip install 'openrlhf-depo[route]'": "installs, and serves two models; tests/e2e/test_route.py does the same",
+    "pip install --no-deps --target /shared/depo": "needs a package index and a shared folder",
+    "ray job submit": "needs a cluster; tests/e2e/test_launch_script.py submits such jobs",
     "depo doctor -- python3": "needs a launch and a log; test_doctor.py, test_backtest.py and test_off.py run them",
 }
 
@@ -47,7 +49,8 @@ def not_run(block):
 
 
 def test_the_pages_are_found():
-    assert {"docs/design.md", "docs/faults.md", "docs/metrics.md", "docs/openrlhf.md", "docs/testing.md"} <= set(TEXTS)
+    names = ("clusters", "design", "faults", "metrics", "openrlhf", "testing")
+    assert {f"docs/{name}.md" for name in names} <= set(TEXTS)
     assert sum(text.count("```bash") for text in TEXTS.values()) == len(BLOCKS) >= 10
     used = {start for _, block in BLOCKS for start in not_run(block)}
     assert used == set(NOT_RUN), "an exception without a block"

@@ -1,20 +1,15 @@
 """The seam on the pristine files of every supported release: one diff, real flags, OpenRLHF's own loops."""
 
-import argparse
 import ast
-import contextlib
-import importlib.util
-import io
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from numbered_pool import ACCEPT_ALL, flat, make, stream
 from openrlhf_loops import fit, generator
+from release_parser import launch
 
-from depo_plugin import hooks
 from depo_plugin.commands import patching
 from depo_plugin.commands.cli import main
 
@@ -22,14 +17,6 @@ pytestmark = pytest.mark.wheel
 
 RELEASES = list(patching.releases())
 OLD = ("0.10.2", "0.10.3", "0.10.4")  # these end an episode before they train what came with its end
-
-
-@pytest.fixture(scope="module", params=RELEASES)
-def pristine(request):
-    """A folder with the release as it is on PyPI. scripts/test.sh puts it there."""
-    folder = Path(sys.prefix) / "openrlhf-releases" / request.param
-    assert (folder / "openrlhf").is_dir(), f"{folder} is missing: run bash scripts/test.sh once"
-    return folder
 
 
 @pytest.fixture
@@ -119,32 +106,6 @@ BASE = (
     " --rollout.n_samples_per_prompt 8 --actor.num_gpus_per_node 1 --vllm.num_engines 1"
 ).split()
 DEPO = ["--advantage_estimator", "depo"]
-
-
-def launch(root, flags, monkeypatch):
-    """Put flags through the parser and validation below `__main__` of a patched copy; return args, or what is said."""
-    tree = ast.parse((root / "openrlhf/cli/train_ppo_ray.py").read_text())
-    (block,) = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
-    standard = [node for node in tree.body if isinstance(node, ast.Import)]
-    spec = importlib.util.spec_from_file_location("openrlhf.utils.config", root / "openrlhf/utils/config.py")
-    config = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(config)
-    for name, module in (("openrlhf", SimpleNamespace()), ("openrlhf.utils", SimpleNamespace())):
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setitem(sys.modules, "openrlhf.utils.config", config)
-    monkeypatch.setattr(sys, "argv", ["train_ppo_ray.py", *flags])
-    monkeypatch.setattr(hooks, "_process", hooks.Process())
-    given = []
-    names = {"depo_hooks": hooks, "train": given.append, "__name__": "__main__"}
-    names |= {node.names[0].asname or node.names[0].name: None for node in standard}
-    names |= {"argparse": argparse, "os": __import__("os"), "datetime": __import__("datetime").datetime}
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            exec(compile(ast.Module(block.body, []), "train_ppo_ray.py", "exec"), names)
-        except (SystemExit, AssertionError, Exception) as stop:  # noqa: BLE001, whatever refuses a launch
-            said.write(f"{type(stop).__name__} {stop}")
-    return (given[0] if given else None), said.getvalue()
 
 
 def test_the_releases_own_parser_and_validation(copied, monkeypatch):
