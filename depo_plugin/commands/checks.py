@@ -6,6 +6,7 @@ They use OpenRLHF's own parser, validation, tokenizer, data set and reward call,
 
 import contextlib
 import fcntl
+import importlib.util
 import io
 import json
 import math
@@ -197,15 +198,15 @@ def check_data(args: Any, prompts: list[str], labels: list[Any]) -> Check:
 def check_reward(args: Any, prompt: str, label: Any) -> Check:
     """Call the reward once, as OpenRLHF calls it, with the label as the response."""
     if args.train.agent_func_path:
-        runpy.run_path(args.train.agent_func_path)["AgentExecutor"]
+        _module("agent_module", args.train.agent_func_path).AgentExecutor  # noqa: B018, an AttributeError is a FAIL
         return Check("reward", OK, f"{args.train.agent_func_path} has AgentExecutor; not called: it needs the policy")
     if not args.reward.remote_url:
         return Check("reward", OK, f"reward model {args.reward.model_name_or_path}; not called")
     urls = [args.reward.remote_url] if isinstance(args.reward.remote_url, str) else args.reward.remote_url
     told = {"query": [prompt + str(label)], "prompts": [prompt], "labels": [label]}
     if urls[0].endswith(".py"):
-        function = runpy.run_path(urls[0], run_name="reward_func")["reward_func"]
-        return _judge_reward(args, urls[0], function(*told.values()))
+        answer = _module("reward_func", urls[0]).reward_func(*told.values())
+        return _judge_reward(args, urls[0], answer)
     for url in urls:
         request = urllib.request.Request(url, json.dumps(told).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=SERVER_TIMEOUT_S) as answer:
@@ -213,6 +214,14 @@ def check_reward(args: Any, prompt: str, label: Any) -> Check:
         if check.status != OK:
             return check
     return check
+
+
+def _module(name: str, path: str):
+    """Return the module of a file, imported as OpenRLHF does it: it is not in sys.modules under this name."""
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _judge_reward(args: Any, name: str, answer: Any) -> Check:

@@ -7,8 +7,9 @@
   depo patch --revert          put the original files back, byte for byte
   depo patch --unverified --target DIR   try a release that openrlhf-depo does not know, in a copy
 
-Patches that are already in stay in. Either all files change or none. Exit status: 0 if done (--check: if the imported
-copy has the DEPO patch), 1 if refused (--check: if it does not have the patch), 2 if the options are wrong.
+Patches that are already in stay in. A copy (--target) gets those that are asked for, and no others. Either all files
+change or none. Exit status: 0 if done (--check: if the imported copy has the DEPO patch), 1 if refused (--check: if it
+does not have the patch), 2 if the options are wrong.
 """
 
 import argparse
