@@ -4,8 +4,10 @@ All tests of a module share one actor, because it takes seconds to start; each c
 """
 
 import os
+import re
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,23 @@ from depo_plugin.remote import actor as remote_actor
 from depo_plugin.remote import handle as remote_handle
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what each release of OpenRLHF passed: tests that are run for each of them."""
+    releases = list(patching.releases())
+    rows = defaultdict(dict)
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, []):
+            found = re.search(r"::(test_\w+)\[(\d+\.\d+\.\d+)(?:-.*)?\]$", report.nodeid)
+            if found and found[2] in releases:
+                rows[found[1]][found[2]] = outcome  # of several variants the worst: it comes last
+    if rows:
+        terminalreporter.section("Releases of OpenRLHF")
+        width = max(map(len, rows))
+        terminalreporter.write_line(" " * width + "".join(f"{release:>10}" for release in releases))
+        for name, row in sorted(rows.items()):
+            terminalreporter.write_line(name.ljust(width) + "".join(f"{row.get(one, '-'):>10}" for one in releases))
 
 
 @pytest.fixture(scope="module", params=list(patching.releases()))

@@ -215,7 +215,9 @@ def test_what_a_reward_function_may_return(answer, status, words):
 def test_a_reward_file_may_import_a_module_that_has_the_name_of_openrlhfs(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts" / "quickstart")
     wrapper = tmp_path / "wrapper.py"
-    wrapper.write_text("import reward_func as graded\n\ndef reward_func(*told):\n    return graded.reward_func(*told)\n")
+    wrapper.write_text(
+        "import reward_func as graded\n\ndef reward_func(*told):\n    return graded.reward_func(*told)\n"
+    )
     args = arguments()
     args.train, args.reward = SimpleNamespace(agent_func_path=None), SimpleNamespace(remote_url=[str(wrapper)])
     found = checks.check_reward(args, "1 + 1 =", "2")
