@@ -27,6 +27,7 @@ METHODS = {
     "grpo": Method("", "grpo"),
     "dynamic": Method("--algo.dynamic_filtering_enable", "dynamic sampling"),
     "window": depo("", "window .15-.85 (the paper's)"),
+    "window-0.15": depo("--depo.filter.epsilon 0.15", "window, rehearsal .15"),
     "utility-0.2": depo("--depo.filter.rule utility --depo.filter.min_utility 0.2", "V >= .2"),
     "utility-0.1": depo("--depo.filter.rule utility --depo.filter.min_utility 0.1", "V >= .1"),
     "rehearsal": depo(
