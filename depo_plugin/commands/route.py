@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import logging
 import sys
+import urllib.parse
 from pathlib import Path
 
 from depo_plugin.settings import config
@@ -93,8 +94,9 @@ def _check(args: argparse.Namespace) -> None:
     if missing := [flag for flag, value in serving.items() if value is None]:
         raise ValueError(f"{', '.join(missing)}: missing. To find a threshold: --calibrate FILE.")
     for flag in ("--small", "--large"):
-        if not serving[flag].startswith(("http://", "https://")):
-            raise ValueError(f"{flag} {serving[flag]}: must begin with http:// or https://.")
+        url = urllib.parse.urlsplit(serving[flag])
+        if url.scheme not in ("http", "https") or not url.hostname or url.path.rstrip("/") not in ("", "/v1"):
+            raise ValueError(f"{flag} {serving[flag]}: must be http://HOST:PORT, with or without /v1.")
 
 
 def _loaded(args: argparse.Namespace, cfg: config.DepoConfig):

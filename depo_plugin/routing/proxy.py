@@ -58,7 +58,7 @@ class Upstream:
         self._client = client
         self._model: str | None = None
 
-    async def send(self, path: str, headers: list[tuple[str, str]], request: dict[str, Any]) -> httpx.Response:
+    async def send(self, path: str, headers: list[tuple[bytes, bytes]], request: dict[str, Any]) -> httpx.Response:
         """Send a request under the name that this server has for its model; return its answer, whose body waits.
 
         Raises Refused if the server cannot be reached or does not answer in time.
@@ -70,12 +70,12 @@ class Upstream:
             named = request | ({"model": self._model} if self._model else {})
             body = await run_in_threadpool(lambda: json.dumps(named).encode())
             sent = self._client.build_request(
-                "POST", self._url + path, headers=[*headers, ("content-type", "application/json")], content=body
+                "POST", self._url + path, headers=[*headers, (b"content-type", b"application/json")], content=body
             )
             answer = await self._client.send(sent, stream=True)
         except httpx.TimeoutException as error:
             raise Refused(504, "timeout", f"the {self.name} model did not answer in time: {_said(error)}") from None
-        except (httpx.HTTPError, ValueError, LookupError) as error:
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise Refused(502, "bad_gateway", f"the {self.name} model cannot be asked: {_said(error)}") from None
         if answer.status_code == 404:
             self._model = None  # the server may have been started anew with another model

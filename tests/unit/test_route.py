@@ -339,7 +339,9 @@ def test_calibrate_says_what_the_threshold_does_and_draws_it(saved, tmp_path, ca
     ("words", "status", "said"),
     [
         (["--small", "http://a"], 2, "--large, --threshold: missing"),
-        (["--small", "a", "--large", "http://b", "--threshold", "0.5"], 2, "--small a: must begin with http"),
+        (["--small", "a", "--large", "http://b", "--threshold", "0.5"], 2, "--small a: must be http://HOST:PORT"),
+        (["--small", "http://", "--large", "http://b", "--threshold", "0.5"], 2, "--small http://: must be http"),
+        (["--small", "http://b/x", "--large", "http://b", "--threshold", "0"], 2, "--small http://b/x: must be"),
         (["--calibrate", "x.jsonl", "--share", "0.5"], 2, "--calibrate needs --out DIR"),
         (["--calibrate", "x.jsonl", "--out", "o"], 2, "either --share S or --accuracy A"),
         (["--calibrate", "x.jsonl", "--out", "o", "--share", "0.5", "--threshold", "0.1"], 2, "--threshold: with"),
