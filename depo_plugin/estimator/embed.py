@@ -96,7 +96,8 @@ def _widened(value):
 
 def embed(encoder: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return the prompts' embeddings, float32 (B, E), from (B, T) tokens."""
-    with Fp32Attention() if input_ids.device.type == "cpu" else contextlib.nullcontext():
+    in_bf16 = input_ids.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    with Fp32Attention() if in_bf16 else contextlib.nullcontext():
         return pool(encoder, input_ids, attention_mask).float()
 
 
