@@ -176,7 +176,7 @@ def sentences(choice: Choice) -> list[str]:
     if low.lead <= 0:
         told.append(
             "[Warning] This may be no better than chance: the texts say too little of what the small model can do, or "
-            "the large one is not better."
+            "what is hard for it is hard for the large one, too."
         )
     return told
 
