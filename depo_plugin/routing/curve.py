@@ -136,9 +136,9 @@ def choose(sample: Sample, target: Target, seed: int) -> Choice:
     """Return the threshold for a target and what it will do.
 
     seed: of the bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993). Each replicate chooses a
-    threshold for requests drawn with replacement, and looks what it does to others, drawn likewise. So the intervals
-    include the chance in the labelled requests and in the new ones. Raises ValueError if no threshold reaches the
-    accuracy.
+    threshold for requests drawn with replacement, and looks how differently it does for others, drawn likewise. So the
+    intervals include the chance in the labelled requests and in the new ones, and that a threshold looks best where it
+    was chosen. Raises ValueError if no threshold reaches the accuracy.
     """
     threshold = threshold_of(sample, target)
     got = outcome(threshold, sample)
@@ -148,9 +148,12 @@ def choose(sample: Sample, target: Target, seed: int) -> Choice:
             f"{got.share:.0%} of the requests for the large model. Lower --accuracy."
         )
     rng, size = np.random.default_rng(seed), len(sample.p_N)
-    drawn = (rng.integers(size, size=(2, size)) for _ in range(REPLICATES))
-    outcomes = [outcome(threshold_of(sample.at(one), target), sample.at(other)) for one, other in drawn]
-    low, high = np.percentile(np.array(outcomes), RANGE, axis=0).tolist()
+    errors = []
+    for _ in range(REPLICATES):
+        here, new = (sample.at(rows) for rows in rng.integers(size, size=(2, size)))
+        cut = threshold_of(here, target)
+        errors.append(np.subtract(outcome(cut, new), outcome(cut, here)))
+    low, high = (np.array(got) + np.percentile(errors, RANGE, axis=0)).clip([0, 0, -1], 1).tolist()
     return Choice(
         threshold=threshold,
         labelled=got,

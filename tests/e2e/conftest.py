@@ -6,6 +6,7 @@ import pytest
 from stack import WARMUP, Launch, base_flags, launch
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
     """Mark everything in this folder: it is end to end. Tests of one file, or of the long launch, share a worker."""
     for item in items:
