@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 SEED = 42
 SAVE_STEPS = 10
 ACTOR = "ray::EstimatorActor"  # the title that Ray gives its process; a method's name follows while it runs
+START_S, YOUNG_S = 300.0, 10.0  # longest wait for the first process; it is killed when it is at most so old
 NEAR = 5  # steps that are compared: before a kill, and after the estimator answers again
 
 
@@ -127,7 +128,7 @@ class Kill:
 
 @dataclass
 class Killer:
-    """Kills the estimator's process at a random moment, once in every `every` steps."""
+    """Kills the estimator's process at a random moment, once in every `every` steps, and once while the run starts."""
 
     mark: str  # of the run's processes (see cpu_ray.MARK)
     steps: int  # of the whole run
@@ -139,8 +140,10 @@ class Killer:
         blocks = range(0, self.steps - self.every + 1, self.every)
         # After a block's second step, so that one step has been timed, and before its last, so that more steps follow.
         self._due = {int(start + rng.integers(2, self.every)): float(rng.uniform()) for start in blocks}
-        self.planned = len(self._due)
-        self._timers, self._step = [], 0
+        self.planned = len(self._due) + 1
+        self._step = 0
+        self._timers = [threading.Thread(target=self._kill, args=(START_S, rng.uniform(0, YOUNG_S)))]
+        self._timers[0].start()
 
     def after(self, step: int, seconds: float):
         """Record a trained step and its duration. If a kill is due, kill within the same duration from now."""
@@ -149,9 +152,12 @@ class Killer:
             self._timers.append(threading.Timer(share * seconds, self._kill))
             self._timers[-1].start()
 
-    def _kill(self):
-        deadline = time.monotonic() + 60
+    def _kill(self, limit: float = 60.0, age: float = 0.0):
+        """Kill the process that is there, or that comes within `limit` seconds, `age` seconds after it was seen."""
+        deadline = time.monotonic() + limit
         while time.monotonic() < deadline:  # the process may be restarting
+            if estimators(self.mark):
+                time.sleep(age)
             for pid, method in estimators(self.mark):
                 os.kill(pid, signal.SIGKILL)
                 self.kills.append(Kill(self._step, pid, method or "waiting"))
