@@ -29,4 +29,4 @@ say "Tests (unit tests take ten minutes, the launches of the real stack about th
 python=$(cd scripts/quickstart && "$venv/bin/python" -c 'import cpu_ray; print(cpu_ray.PYTHON)')
 if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; fi
 "$python" -m pytest tests/unit -n auto --maxprocesses 4 --dist loadfile
-exec "$python" -m pytest tests/e2e -n 2 --dist loadgroup
+exec "$python" -m pytest tests/e2e -n 2 --dist loadfile

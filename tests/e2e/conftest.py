@@ -6,13 +6,11 @@ import pytest
 from stack import WARMUP, Launch, base_flags, launch
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Mark everything in this folder: it is end to end. Tests of one file, or of the long launch, share a worker."""
+    """Mark everything in this folder: it is end to end."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.xdist_group("depo_run" if "depo_run" in item.fixturenames else item.path.name))
 
 
 @pytest.fixture(scope="session")
