@@ -83,9 +83,7 @@ def test_two_hundred_at_once(depo_run, router):
             return await asyncio.gather(*asked)
 
     assert all(answer.choices[0].text for answer in asyncio.run(ask()))
-    metrics = httpx.get(f"{router}/metrics").text
-    assert "depo_route_unrated_total{" not in metrics
-    assert "depo_route_in_flight 0.0" in metrics
+    assert "depo_route_in_flight 0.0" in httpx.get(f"{router}/metrics").text
 
 
 def test_the_router_costs_little(depo_run, servers, router):
