@@ -20,7 +20,7 @@ from tasks import make_split, write_jsonl
 from tqdm import tqdm
 
 from benchmarks.proof import ladder
-from benchmarks.proof.launch import Size, launch
+from benchmarks.proof.launch import Size, launch, levels_of
 from benchmarks.vllm_server import Server, routing, serving
 from depo_plugin.commands import cli
 
@@ -47,7 +47,7 @@ def main() -> int:
         launch("ladder", SIZE, method.split(), SEED, args.run.resolve())
     saved = args.run / "checkpoints" / "depo" / f"global_step{EARLY}.safetensors"
     with serving(small, large) as servers:
-        groups = {level.name: level.group for level in ladder.LEVELS}
+        groups = levels_of("ladder")
         rows = make_split(args.problems, SEED, evaluation=True, levels=ladder.LEVELS)
         for name, server in zip(("small", "large"), servers, strict=True):
             for row, rate in zip(rows, asyncio.run(pass_rates(server, rows, name)), strict=True):
@@ -70,7 +70,7 @@ def main() -> int:
 
 async def pass_rates(server: Server, rows: list[dict], name: str) -> list[float]:
     """Return the share of right answers to each problem, of SAMPLES."""
-    places = asyncio.Semaphore(AT_ONCE)
+    places, model = asyncio.Semaphore(AT_ONCE), server.model
     bar = tqdm(total=len(rows), desc=name, unit="problem", disable=None)
 
     async def rate(row: dict) -> float:
@@ -83,7 +83,6 @@ async def pass_rates(server: Server, rows: list[dict], name: str) -> list[float]
 
     with bar:
         async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
-            model = (await client.models.list()).data[0].id
             return await asyncio.gather(*map(rate, rows))
 
 
@@ -94,8 +93,8 @@ def time_added(router: Server, servers: list[Server], rows: list[dict], text: st
     models is refused by the server both times.)
     """
     times: dict[str, list[float]] = {"direct": [], "routed": []}
+    models = [server.model for server in servers]
     with httpx.Client(timeout=60) as client:
-        models = [client.get(f"{server.url}/v1/models").json()["data"][0]["id"] for server in servers]
         for i, row in enumerate(tqdm(rows[:PAIRS], desc="time added", unit="pair", disable=None)):
             request = {"model": "any", "prompt": f"{text}{i} {row['input']}", "max_tokens": 1}
             start = time.perf_counter()

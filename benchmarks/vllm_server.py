@@ -1,6 +1,7 @@
 """vLLM's OpenAI-compatible server on the CPU, and `depo route` before it."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -25,6 +26,12 @@ class Server:
 
     url: str
     process: subprocess.Popen
+
+    @property
+    def model(self) -> str:
+        """The name that a model's server has for its model."""
+        with urllib.request.urlopen(f"{self.url}/v1/models", timeout=60) as answer:
+            return json.load(answer)["data"][0]["id"]
 
     def kill(self) -> None:
         """End every process of the server by SIGKILL."""
@@ -69,7 +76,7 @@ def serving(*models: Path) -> Iterator[list[Server]]:
 def routing(checkpoint: Path, small: Server, large: Server, log: Path, threshold: float = 0.5) -> Iterator[Server]:
     """Run `depo route` as a user would; its output goes to `log`."""
     port = free_port()
-    words = ["-m", "depo_plugin.commands.cli", "route", str(checkpoint), "--port", str(port)]
+    words = ["-m", "depo_plugin", "route", str(checkpoint), "--port", str(port)]
     words += ["--small", small.url, "--large", large.url, "--threshold", str(threshold)]
     with log.open("w+") as out:
         process = subprocess.Popen(

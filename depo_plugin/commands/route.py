@@ -99,16 +99,22 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} {serving[flag]}: must be http://HOST:PORT, with or without /v1.")
 
 
-def _loaded(args: argparse.Namespace, cfg: config.DepoConfig):
-    """Return the rater and the function that makes a prompt of messages."""
+def _template(args: argparse.Namespace):
+    """Return the function that makes a prompt of messages."""
+    from depo_plugin.routing import rater
+
+    return rater.chat_template(args.tokenizer) if args.tokenizer else rater.plain_text
+
+
+def _rater(args: argparse.Namespace, cfg: config.DepoConfig):
+    """Load the estimator and return its rater."""
     import torch
 
     from depo_plugin.estimator.estimator import DifficultyEstimator
     from depo_plugin.routing import rater
 
     torch.set_num_threads(cfg.estimator.threads or 1)  # one short prompt keeps no more than one busy
-    template = rater.chat_template(args.tokenizer) if args.tokenizer else rater.plain_text
-    return rater.Rater(DifficultyEstimator.from_checkpoint(args.checkpoint, cfg)), template
+    return rater.Rater(DifficultyEstimator.from_checkpoint(args.checkpoint, cfg))
 
 
 def _calibrate(args: argparse.Namespace, cfg: config.DepoConfig) -> int:
@@ -117,8 +123,10 @@ def _calibrate(args: argparse.Namespace, cfg: config.DepoConfig) -> int:
 
     from depo_plugin.routing import curve
 
-    rater, template = _loaded(args, cfg)
-    prompts, small_N, large_N = curve.read(args.calibrate, template)
+    prompts, small_N, large_N = curve.read(
+        args.calibrate, _template(args)
+    )  # a wrong line is told before the encoder loads
+    rater = _rater(args, cfg)
     rates: list[float] = []
     with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
         for start in range(0, len(prompts), BATCH):
@@ -138,8 +146,8 @@ def _serve(args: argparse.Namespace, cfg: config.DepoConfig) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)  # it has a line for each request, too
-    rater, template = _loaded(args, cfg)
-    router = proxy.Router(rater, args.small, args.large, args.threshold, template, args.timeout)
+    template = _template(args)
+    router = proxy.Router(_rater(args, cfg), args.small, args.large, args.threshold, template, args.timeout)
     server = uvicorn.Server(
         uvicorn.Config(
             proxy.app(router),

@@ -137,8 +137,8 @@ def choose(sample: Sample, target: Target, seed: int) -> Choice:
 
     seed: of the bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993). Each replicate chooses a
     threshold for requests drawn with replacement, and looks how differently it does for others, drawn likewise. So the
-    intervals include the chance in the labelled requests and in the new ones, and that a threshold looks best where it
-    was chosen. Raises ValueError if no threshold reaches the accuracy.
+    intervals include the chance in the labelled requests and in the new ones, and that a threshold does better on the
+    requests that it was chosen for. Raises ValueError if no threshold reaches the accuracy.
     """
     threshold = threshold_of(sample, target)
     got = outcome(threshold, sample)

@@ -130,6 +130,7 @@ class Router:
         self._rater, self._threshold, self._template = rater, threshold, template
         self.metrics = Metrics()
         self._in_flight = 0
+        self.metrics.in_flight.set_function(lambda: self._in_flight)
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT)
         plain = {"accept-encoding": "identity"}  # for clients that name no encoding; the answer's is passed on
@@ -149,7 +150,6 @@ class Router:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; stop if the client goes away."""
         told, start = Told(), time.perf_counter()
-        self.metrics.in_flight.inc()
         self._in_flight += 1
         try:
             async with anyio.create_task_group() as group:
@@ -169,7 +169,6 @@ class Router:
                 group.cancel_scope.cancel()
         finally:
             self._in_flight -= 1
-            self.metrics.in_flight.dec()
             self._tell(scope["path"], told, time.perf_counter() - start)
 
     async def _answer(self, scope: Scope, body: bytearray, send: Send, told: Told) -> None:

@@ -7,13 +7,14 @@ half-way), "error" (status 400). Without one it answers.
 import asyncio
 import contextlib
 import json
-import socket
 import threading
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
+
+from benchmarks.vllm_server import free_port
 
 
 class Cut(Exception):
@@ -60,12 +61,6 @@ class Upstream:
         if how == "cut":
             raise Cut
         yield "data: [DONE]\n\n"
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import numpy as np
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from upstream import Upstream, free_port, serving
+from upstream import Upstream, serving
 
+from benchmarks.vllm_server import free_port
 from depo_plugin.commands import cli
 from depo_plugin.estimator import checkpoint
 from depo_plugin.estimator.estimator import DifficultyEstimator
@@ -143,7 +144,7 @@ def test_a_servers_own_errors_are_passed_on(service):
     assert (answer.status_code, answer.json()) == (400, {"error": {"message": "as asked"}})
 
 
-def test_a_server_that_breaks_off_is_not_taken_for_a_whole_answer(service, caplog):
+def test_a_server_that_breaks_off_is_not_taken_for_a_whole_answer(service):
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="k", max_retries=0)
     with pytest.raises(openai.APIError, match="the small model broke off"):
         list(client.completions.create(model="any", prompt=EASY, user="cut", stream=True))
@@ -216,7 +217,7 @@ def test_too_many_requests_are_refused_and_a_full_queue_is_passed_by(service, mo
     assert service.count("unrated_total", reason="timeout") == 1
 
 
-def test_a_fault_of_the_estimator_sends_all_to_the_large_model(service, estimator, monkeypatch, caplog):
+def test_a_fault_of_the_estimator_sends_all_to_the_large_model(service, estimator, monkeypatch):
     monkeypatch.setattr(type(estimator), "score", lambda *_: 1 / 0)
     assert service.ask(EASY).json()["model"] == "l"
     assert service.count("unrated_total", reason="estimator") == 1
@@ -296,7 +297,7 @@ def test_the_threshold_keeps_what_it_promises_on_new_requests(monkeypatch):
     assert (inside <= 99).any()  # intervals that hold everything tell nothing
 
 
-def test_a_blind_estimator_is_told_of(tmp_path):
+def test_a_blind_estimator_is_told_of():
     s = sample()
     blind = s._replace(p_N=np.random.default_rng(1).uniform(0, 1, 400))
     choice = curve.choose(blind, curve.Target(share=0.5), seed=0)
