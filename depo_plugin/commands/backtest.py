@@ -14,6 +14,7 @@ A log has one JSON object a line (.jsonl or .jsonl.gz):
 Each group is predicted before it is revealed, by the package's own estimator and by simple baselines. "depo, closed"
 learns only from the groups that its filter keeps, as in a run; all others learn from every group. "hindsight" knows a
 prompt's own groups, up to four before and four after: if prompts are met often, no learner can do much better.
+With --depo.estimator.cache_dir DIR the next backtest does not embed the prompts again.
 The picture needs: pip install 'openrlhf-depo[report]'
 
 Exit status: 0 if done, 1 if a log cannot be used, 2 if the options are wrong.
@@ -85,12 +86,14 @@ def _one(args: argparse.Namespace, path: Path, steps, overrides: dict) -> dict:
 
     logging.disable_progress_bar()
     cfg, truth = cfg_of({}), truth_of(steps)
-    with tempfile.TemporaryDirectory(prefix="depo-backtest-") as cache:
-        made = predictors(steps, cfg_of, args.group_size, args.seed, Path(cache))
+    with tempfile.TemporaryDirectory(prefix="depo-backtest-") as temporary:
+        cache = Path(cfg.estimator.cache_dir or temporary)
+        made = predictors(steps, cfg_of, args.group_size, args.seed, cache)
         chosen = ["depo", *(name for name in made if name != "depo" and (not args.only or name in args.only))]
         plan = [("depo", False), (tables.CLOSED, True), *((name, False) for name in chosen[1:])]
         found = {}
-        with tqdm(total=len(plan) * len(steps), unit="step", disable=None, leave=False) as bar:
+        pause_s = 0.1 if sys.stderr.isatty() else 30
+        with tqdm(total=len(plan) * len(steps), unit="step", mininterval=pause_s, leave=False) as bar:
             for name, closed in plan:
                 bar.set_description(name)
                 found[name] = play(

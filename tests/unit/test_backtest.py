@@ -13,6 +13,7 @@ from depo_plugin.backtest import judge, predictors
 from depo_plugin.backtest.judge import Predicted, play, truth_of
 from depo_plugin.backtest.logs import Group, LogError, read
 from depo_plugin.commands import cli
+from depo_plugin.estimator.embedding_cache import EmbeddingCache
 from depo_plugin.filter import signal_probability
 
 LOG = Path(__file__).resolve().parents[1] / "data" / "tiny_log.jsonl.gz"  # the first 6 steps of a quickstart's run
@@ -240,6 +241,15 @@ def test_the_command_judges_a_real_log(tmp_path, capsys):
     assert rows["depo"]["all"]["log_loss"] < rows["running mean"]["all"]["log_loss"]  # the text tells something
     assert rows["Beta(1,1)"]["all"]["log_loss"] == pytest.approx(math.log(2))  # no prompt is met twice
     assert (tmp_path / "out" / "tiny_log.png").stat().st_size > 10_000
+
+
+def test_embeddings_are_kept_in_the_folder_that_is_named(tmp_path):
+    """Later runs find them there, instead of a temporary folder of their own."""
+    encoder, cache = tiny_encoder.write(tmp_path / "encoder"), tmp_path / "embeddings"
+    argv = ["backtest", str(LOG), "--out", str(tmp_path / "out"), "--only", "depo", "--depo.estimator.model", encoder]
+    assert cli.main([*argv, "--depo.estimator.depth", "1", "--depo.estimator.cache_dir", str(cache)]) == 0
+    (folder,) = cache.iterdir()
+    assert len(EmbeddingCache(folder, 1)) == 192
 
 
 def test_options_that_cannot_be_used_are_refused(capsys):
