@@ -24,9 +24,12 @@ cd "$root"
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-say "Tests (unit tests take ten minutes, the launches of the real stack about thirty)"
 # Ray cannot start workers if the path has a space, so cpu_ray makes a link to .venv then.
 python=$(cd scripts/quickstart && "$venv/bin/python" -c 'import cpu_ray; print(cpu_ray.PYTHON)')
 if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; fi
-"$python" -m pytest tests/unit -n auto --maxprocesses 4 --dist loadfile
-exec "$python" -m pytest tests/e2e -n 2 --dist loadfile
+say "Unit tests (one minute)"
+"$python" -m pytest tests/unit -m "not wheel and not slow" -n auto --maxprocesses 4 --dist worksteal
+say "Tests of the real classes, of every release and of processes of our own (ten minutes)"
+"$python" -m pytest tests/unit -m "wheel or slow" -n auto --maxprocesses 4 --dist worksteal
+say "Launches of the real stack (half an hour)"
+exec "$python" -m pytest tests/e2e -n 2

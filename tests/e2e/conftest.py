@@ -4,6 +4,22 @@ from pathlib import Path
 
 import pytest
 from stack import WARMUP, Launch, base_flags, launch
+from xdist.scheduler import LoadScopeScheduling
+
+LONG_LAUNCH = "test_depo.py", "test_route.py"  # the files that look at depo_run
+
+
+class ByLaunch(LoadScopeScheduling):
+    """Tests of one file share a worker, as with --dist loadfile, and those of the long launch, too: it is run once."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.split("::")[0]
+        return "depo_run" if file.endswith(LONG_LAUNCH) else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Called by pytest-xdist."""
+    return ByLaunch(config, log)
 
 
 def pytest_collection_modifyitems(items):

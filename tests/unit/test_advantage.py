@@ -99,6 +99,7 @@ def z_score(sample):
     return (sample.mean() - GRADIENT.mean()) / (sample.std() / math.sqrt(RUNS))
 
 
+@pytest.mark.slow
 def test_weighted_gradients_are_unbiased_for_the_unfiltered_stream(batches):
     """|z| < 3.5 over 2,000 batches, whose standard error is below 0.8% of the mean."""
     assert len(batches) == RUNS
@@ -108,6 +109,7 @@ def test_weighted_gradients_are_unbiased_for_the_unfiltered_stream(batches):
     assert abs(z_score(weighted)) < 3.5
 
 
+@pytest.mark.slow
 def test_other_weights_are_biased(batches):
     """None: the easier half speaks louder. 1/q alone: too large by scanned/kept = 1/0.7. Clipped: too small.
 

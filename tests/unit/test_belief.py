@@ -182,6 +182,7 @@ def test_kappa_and_spread_are_each_others_inverse(spread):
     assert spread_of(1e12) == pytest.approx(1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spread", "tolerance"), [(0.4, 0.1), (1.5, 0.2), (4.0, 0.5)])
 @pytest.mark.parametrize("share", [False, True])
 def test_the_fitted_spread_is_that_of_the_data(spread, tolerance, share):
@@ -326,6 +327,7 @@ def test_a_prompt_that_is_met_again_teaches_of_itself_alone():
     assert rates(twice, [1], now=2, s=[1.5]) == pytest.approx(rates(once, [1], now=2, s=[1.5]), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_what_the_text_has_learned_fades_as_it_is_replaced():
     """By 0.998 a batch of new prompts: 100 of one new prompt each, and 100 of a new one and an old one, leave 0.74."""
     both, rest = believe(kappa=4.0, drift=False), believe(kappa=4.0, drift=False)
@@ -378,6 +380,7 @@ def test_beliefs_are_as_sure_as_they_may_be():
     assert lost[0] < 0.8 * without
 
 
+@pytest.mark.slow
 def test_beliefs_hold_while_the_models_scores_move():
     """The score goes from nothing to ±3 while the policy improves: what is taken out of the weights is what was put
     in, so their information stays positive and beliefs stay near the truth.
@@ -400,6 +403,7 @@ def test_the_weights_variance_is_fitted(size):
     assert 0.2 < belief.weight_variance / size**2 < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("walk", "low", "high"), [(0.0, 0.993, 1.0), (0.3, 0.98, 0.983)])
 def test_evidence_fades_as_fast_as_the_prompts_themselves_change(walk, low, high):
     """80 steps of 40 of 200 prompts; each prompt's x walks by this much a step."""
@@ -443,6 +447,7 @@ def test_the_ability_is_that_of_brute_force(groups):
     assert belief.state_dict()["ability"] == pytest.approx(expected, rel=0.007, abs=0.002)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "again"), [(3, False), (60, True)], ids=["new prompts", "the same prompts"])
 def test_the_ability_comes_back_from_a_start_without_a_single_success(steps, again):
     """Groups that are all wrong leave no bound below; the grid has one, and later groups count again."""

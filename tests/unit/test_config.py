@@ -577,6 +577,7 @@ def configs(draw):
     return load_config(None, values)
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # a shared machine may stall
 @given(configs())
 def test_yaml_dict_and_namespace_give_the_settings_back(tmp_path_factory, cfg):

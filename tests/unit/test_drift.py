@@ -59,12 +59,14 @@ def families(settings, later, seed=0, steps=60):
     return np.mean(errors[-5:], axis=0)
 
 
+@pytest.mark.slow
 def test_a_family_that_gets_better_takes_its_prompts_along():
     """Without the drift by text both families would move together, halfway."""
     assert np.abs(families({}, later=2.0)).max() < 0.05
     assert families({"drift": False}, later=2.0)[1] < -0.05
 
 
+@pytest.mark.slow
 def test_in_a_world_that_stands_still_it_costs_nothing():
     assert np.abs(families({}, later=0.0)).max() < 0.04
 

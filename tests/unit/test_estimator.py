@@ -59,6 +59,7 @@ def rates(made, labels):
 # ── Scores ──
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "replay"), [("frozen", 64), ("finetune", 0)])
 def test_learns_to_tell_easy_from_hard_with_the_bundled_encoder(mode, replay):
     """Sums of 1 to 6 digits, easy below 3 and impossible above: after 8 steps unseen ones are ranked."""
@@ -326,6 +327,7 @@ def live(made, numbers):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("saved_after", "dtype"), [(0, "fp32"), (2, "bf16")])
 def test_a_resumed_estimator_goes_on_bit_for_bit(either, tmp_path, saved_after, dtype):
     """Through the real checkpoint, and from the state itself, which is a copy; whatever the caller's gradient switch

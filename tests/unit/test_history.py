@@ -139,6 +139,7 @@ def test_load_names_missing_and_unexpected_fields():
     assert len(h) == 0
 
 
+@pytest.mark.slow
 def test_a_million_prompts_cost_less_than_100_bytes_each_and_are_found_at_once():
     """Bytes as it says and as the interpreter counts them; an update of 64 prompts within 1 s (0.1 s when idle)."""
     count = 1_000_000

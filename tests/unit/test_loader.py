@@ -601,6 +601,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_with_the_real_estimator_a_resumed_run_draws_and_learns_the_same(tmp_path):
     """Both learn first, both are saved and loaded; the next 200 prompts and the weights are equal bit for bit."""

@@ -96,6 +96,7 @@ def test_a_slow_encoder_blocks_no_step_and_decides_what_its_speed_allows(monkeyp
     assert (found["decided"] > 0.98) == (rate * 60 > batch / bench.WANTED)
 
 
+@pytest.mark.slow
 def test_without_the_pacer_that_test_fails(monkeypatch):
     monkeypatch.setattr(bench, "POOL", 40_000)
     monkeypatch.setattr(pacer.Pacer, "for_scores", lambda self: 1e9)

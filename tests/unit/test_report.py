@@ -280,6 +280,7 @@ def write_pages(root):
     return root / "a/model/depo/report/report.html", root / "out/report.html"
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_that_escapes_what_users_wrote(pages):
     for page in pages:
         text = page.read_text()
@@ -298,6 +299,7 @@ def test_the_page_is_one_file_that_escapes_what_users_wrote(pages):
         assert {"signal.png", "signal-dark.png"} <= images
 
 
+@pytest.mark.slow
 def test_two_runs_are_laid_over_each_other(pages):
     text = pages[1].read_text()
     differences = text[text.index("Settings that differ") : text.index("<h2>Figures")]

@@ -18,6 +18,8 @@ from depo_plugin.estimator.encoder import load_encoder
 from depo_plugin.filter import signal_probability
 from depo_plugin.messages import Label
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = settings(
     max_examples=15,
     deadline=None,  # a shared machine may stall

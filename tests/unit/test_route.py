@@ -20,6 +20,8 @@ from depo_plugin.messages import Label
 from depo_plugin.routing import curve, proxy, rater
 from depo_plugin.settings.config import load_config
 
+pytestmark = pytest.mark.slow
+
 EASY, HARD = "12 + 3 =", "4811 * 9402 ="  # what the small model solves, and what it does not
 
 
