@@ -7,19 +7,15 @@ Formats, one JSON object a line, plain or .gz:
     pool            {"prompt", "pass_rate", "n"?}                          met in random order; groups are drawn
 """
 
-import contextlib
-import gzip
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-
-class LogError(ValueError):
-    """A log cannot be used; the text names the file, the line and the fix."""
+from depo_plugin.json_lines import LineError, fields
+from depo_plugin.json_lines import read as read_lines
 
 
 class Group(NamedTuple):
@@ -36,11 +32,11 @@ def read(path: Path, *, group_size: int, batch: int, passes: int, seed: int) -> 
     """Return the groups of a log by step, in order.
 
     group_size: responses of a group, if the log does not say (pools, rollouts.jsonl); batch: groups of a step, if the
-    log has no steps; passes: over a pool; seed: of a pool's order and draws. Raises LogError.
+    log has no steps; passes: over a pool; seed: of a pool's order and draws. Raises LineError.
     """
-    rows = list(_rows(path))
+    rows = list(read_lines(path))
     if not rows:
-        raise LogError(f"{path}: no line. Give a log with one JSON object a line.")
+        raise LineError(f"{path}: no line. Give a log with one JSON object a line.")
     number, first = rows[0]
     if "pass_rate" in first:
         return _chunks(_pool(path, rows, group_size, passes, seed), batch)
@@ -48,32 +44,10 @@ def read(path: Path, *, group_size: int, batch: int, passes: int, seed: int) -> 
         return _chunks(_rollouts(path, rows, group_size), batch)
     if "step" in first and ({"k", "n"} <= set(first) or {"y", "n", "key"} <= set(first)):
         return _steps(path, rows)
-    raise LogError(
+    raise LineError(
         f"{path}, line {number}: none of the known formats. A line needs step, prompt, k and n (an event log or "
         "groups.jsonl), or prompt and reward (rollouts.jsonl), or prompt and pass_rate (a pool)."
     )
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise LogError(f"{path}, line {number}: not JSON ({error}). Correct or remove it.") from None
-            if not isinstance(row, dict):
-                raise LogError(f"{path}, line {number}: not an object but {line.strip()[:80]}.")
-            yield number, row
-
-
-@contextlib.contextmanager
-def _checked(path: Path, number: int) -> Iterator[None]:
-    """Say which line cannot be read if a field is missing or of another kind."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise LogError(f"{path}, line {number}: {type(error).__name__} {error}. See depo backtest --help.") from None
 
 
 def _steps(path: Path, rows: Iterable[tuple[int, dict]]) -> list[list[Group]]:
@@ -84,13 +58,15 @@ def _steps(path: Path, rows: Iterable[tuple[int, dict]]) -> list[list[Group]]:
         key = row.get("key")
         if key is not None and "prompt" in row:
             texts[key] = str(row["prompt"]), str(row.get("label", ""))
-        with _checked(path, number):
+        if key is not None and key not in texts:
+            raise LineError(f"{path}, line {number}: no line before it has the prompt of key {key}.")
+        with fields(path, number):
             prompt, label = texts[key] if key is not None else (str(row["prompt"]), str(row.get("label", "")))
             n = int(row["n"])
             k = float(row["k"] if "k" in row else row["y"] * n)
             step = int(row["step"])
         if not (n >= 1 and 0 <= k <= n):
-            raise LogError(f"{path}, line {number}: k {k:g} of n {n}: k must be from 0 to n, and n at least 1.")
+            raise LineError(f"{path}, line {number}: k {k:g} of n {n}: k must be from 0 to n, and n at least 1.")
         if key is not None and step in steps and step != next(reversed(steps)):  # a resumed run: its steps come again
             steps = defaultdict(list, {at: groups for at, groups in steps.items() if at < step})
         steps[step].append(Group(prompt, label, str(row.get("source", "")), k, n))
@@ -102,7 +78,7 @@ def _rollouts(path: Path, rows: Iterable[tuple[int, dict]], group_size: int) -> 
     open_groups: dict[tuple[str, str], list[float]] = defaultdict(list)
     groups = []
     for number, row in rows:
-        with _checked(path, number):
+        with fields(path, number):
             key, reward = (str(row["prompt"]), str(row.get("label", ""))), float(row["reward"])
         open_groups[key].append(min(max(reward, 0.0), 1.0))
         if len(open_groups[key]) == group_size:
@@ -117,10 +93,10 @@ def _pool(path: Path, rows: Iterable[tuple[int, dict]], group_size: int, passes:
     """
     pool = []
     for number, row in rows:
-        with _checked(path, number):
+        with fields(path, number):
             prompt, rate = str(row["prompt"]), float(row["pass_rate"])
         if not 0 <= rate <= 1:
-            raise LogError(f"{path}, line {number}: pass_rate {rate:g} must be from 0 to 1.")
+            raise LineError(f"{path}, line {number}: pass_rate {rate:g} must be from 0 to 1.")
         pool.append((prompt, str(row.get("label", "")), str(row.get("source", "")), rate))
     rng = np.random.default_rng(seed)
     order = [pool[i] for _ in range(passes) for i in rng.permutation(len(pool))]

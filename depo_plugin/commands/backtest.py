@@ -26,6 +26,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from depo_plugin.json_lines import LineError
 from depo_plugin.settings import config
 
 
@@ -55,13 +56,13 @@ def run(args: argparse.Namespace) -> int:
     ]:
         print(f"--{low[0].replace('_', '-')} {getattr(args, low[0])}: too small.", file=sys.stderr)
         return 2
-    from depo_plugin.backtest.logs import LogError, read
+    from depo_plugin.backtest.logs import read
 
     written = {}
     for path in args.logs:
         try:
             steps = read(path, group_size=args.group_size, batch=args.batch, passes=args.passes, seed=args.seed)
-        except (LogError, OSError) as error:
+        except (LineError, OSError) as error:
             print(f"depo backtest: {error}", file=sys.stderr)
             return 1
         written[str(path)] = _one(args, path, steps, overrides)

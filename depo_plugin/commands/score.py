@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from depo_plugin import json_lines
 from depo_plugin.settings import config
 
 VISITS, SURE = 3, 0.2  # for a verdict: at least so many visits, and at most this believed chance of a signal
@@ -69,16 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _asked(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield each prompt and label of a file once. Raises ValueError with the line."""
+    """Yield each prompt and label of a file once. Raises LineError."""
     seen = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            if "prompt" not in row and "key" in row:  # groups.jsonl: the text stands in a key's first line
-                continue
-            one = str(row["prompt"]), str(row.get("label", ""))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from None
+    for number, row in json_lines.read(path):
+        if "prompt" not in row and "key" in row:  # groups.jsonl: the text stands in a key's first line
+            continue
+        with json_lines.fields(path, number):
+            one = json_lines.text(row, "prompt"), str(row.get("label", ""))
         if one not in seen:
             seen.add(one)
             yield one

@@ -4,15 +4,12 @@ One JSON object a line: {"prompt", "label"?, "pass_rate", "n"?}. The prompt as t
 the rate was measured on (default 8).
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
+from depo_plugin import json_lines
+
 DEFAULT_N = 8
-
-
-class PriorError(ValueError):
-    """The file cannot be used; the text names the line and what is wrong there."""
 
 
 class KnownRate(NamedTuple):
@@ -25,24 +22,15 @@ class KnownRate(NamedTuple):
 
 
 def read(path: str) -> list[KnownRate]:
-    """Return the rates of a file. Raises PriorError."""
+    """Return the rates of a file. Raises LineError, and OSError if it cannot be opened."""
     found = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:  # not UTF-8, or no path at all
-        raise PriorError(f"cannot be read ({error})") from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            known = KnownRate(
-                str(row["prompt"]), str(row.get("label", "")), float(row["pass_rate"]), float(row.get("n", DEFAULT_N))
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PriorError(f"line {number}: {type(error).__name__}: {error}") from None
-        if not (0 <= known.pass_rate <= 1 and 0 < known.n < float("inf")):
-            text = f"pass_rate {known.pass_rate:g} must be from 0 to 1, and n {known.n:g} above 0"
-            raise PriorError(f"line {number}: {text}")
-        found.append(known)
+    for number, row in json_lines.read(Path(path)):
+        with json_lines.fields(Path(path), number):
+            prompt, label = json_lines.text(row, "prompt"), str(row.get("label", ""))
+            rate, n = float(row["pass_rate"]), float(row.get("n", DEFAULT_N))
+            if not (0 <= rate <= 1 and 0 < n < float("inf")):
+                raise ValueError(f"pass_rate {rate:g} must be from 0 to 1, and n {n:g} above 0")
+        found.append(KnownRate(prompt, label, rate, n))
     if not found:
-        raise PriorError("has no line")
+        raise json_lines.LineError(f"{path} has no line")
     return found

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from depo_plugin import json_lines
+
 REPLICATES = 1000  # of the bootstrap
 RANGE = (2.5, 97.5)  # percentiles of a prediction interval
 
@@ -71,24 +73,27 @@ class Choice:
 
 
 def read(path: Path, template: Callable[[list[dict]], str]) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Return the prompts of a file of JSON lines, and small_N and large_N. Raises ValueError with the line.
+    """Return the prompts of a file of JSON lines, and small_N and large_N.
 
-    template: makes a prompt of messages.
+    template: makes a prompt of messages. Raises LineError, and OSError if the file cannot be opened.
     """
     prompts, rates = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            prompt = template(row["messages"]) if "messages" in row else row["prompt"]
+    for number, row in json_lines.read(path):
+        with json_lines.fields(path, number):
+            if "messages" not in row:
+                prompt = json_lines.text(row, "prompt")
+            else:
+                try:
+                    prompt = template(row["messages"])
+                except Exception as error:  # noqa: BLE001 - the template is the model's own code
+                    raise ValueError(f"messages that the chat template refuses ({error})") from None
             pair = float(row["small"]), float(row["large"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from None
-        if not isinstance(prompt, str) or not all(0 <= rate <= 1 for rate in pair):
-            raise ValueError(f"{path}, line {number}: prompt must be text, small and large numbers from 0 to 1.")
+            if not all(0 <= rate <= 1 for rate in pair):
+                raise ValueError("small and large must be numbers from 0 to 1")
         prompts.append(prompt)
         rates.append(pair)
     if len(prompts) < 2:
-        raise ValueError(f"{path}: {len(prompts)} requests; at least 2 are needed, some hundreds tell something.")
+        raise json_lines.LineError(f"{path}: {len(prompts)} requests; at least 2, better some hundreds, are needed.")
     small_N, large_N = np.array(rates, np.float64).T
     return prompts, small_N, large_N
 

@@ -303,13 +303,14 @@ def _clashes(cfg: DepoConfig, named: Callable[[str], str]) -> Iterator[tuple[tup
     except RuleError as error:
         yield ("filter.rule",), f"{named('filter.rule')}: {error}. Correct the file, or use {' or '.join(RULES)}."
     if cfg.history.prior:
-        from depo_plugin.estimator.prior import PriorError, read  # only a launch that has such a file needs it
+        from depo_plugin.estimator import prior  # only a launch that has such a file needs it
 
         try:
-            read(cfg.history.prior)
-        except PriorError as error:
+            prior.read(cfg.history.prior)
+        except (OSError, ValueError) as error:  # also of a path that no file can have
             fix = "Correct the file, or leave the setting out."
-            yield ("history.prior",), f"{named('history.prior')}: {error}. {fix}"
+            text = str(error).removeprefix(f"{cfg.history.prior}, ").rstrip(".")
+            yield ("history.prior",), f"{named('history.prior')}: {text}. {fix}"
     keys = ("advantage.importance_rescale", "advantage.base")
     if cfg.advantage.importance_rescale and cfg.advantage.base and BASES[cfg.advantage.base]:
         yield keys, whitened(*map(named, keys))

@@ -11,10 +11,11 @@ import tiny_encoder
 
 from depo_plugin.backtest import judge, predictors
 from depo_plugin.backtest.judge import Predicted, play, truth_of
-from depo_plugin.backtest.logs import Group, LogError, read
+from depo_plugin.backtest.logs import Group, read
 from depo_plugin.commands import cli
 from depo_plugin.estimator.embedding_cache import EmbeddingCache
 from depo_plugin.filter import signal_probability
+from depo_plugin.json_lines import LineError
 
 LOG = Path(__file__).resolve().parents[1] / "data" / "tiny_log.jsonl.gz"  # the first 6 steps of a quickstart's run
 OPTIONS = {"group_size": 8, "batch": 2, "passes": 1, "seed": 0}
@@ -78,16 +79,16 @@ def test_a_pool_is_met_in_random_order_pass_after_pass(tmp_path):
         ("[1]\n", "line 1: not an object"),
         ('{"prompt": "a", "score": 1}\n', "none of the known formats"),
         ('{"step": 1, "prompt": "a", "k": 9, "n": 8}\n', "line 1: k 9 of n 8"),
-        ('{"step": 1, "prompt": "a", "k": 1, "n": 8}\n{"step": 1, "k": 1, "n": 8}\n', "line 2: KeyError 'prompt'"),
+        ('{"step": 1, "prompt": "a", "k": 1, "n": 8}\n{"step": 1, "k": 1, "n": 8}\n', "line 2: no field 'prompt'"),
         ('{"prompt": "a", "pass_rate": 1.5}\n', "line 1: pass_rate 1.5"),
-        ('{"prompt": "a", "reward": "good"}\n', "line 1: ValueError"),
-        ('{"step": 1, "key": "aa", "y": 0.5, "n": 8}\n', "line 1: KeyError 'aa'"),
+        ('{"prompt": "a", "reward": "good"}\n', "line 1: could not convert string to float: 'good'"),
+        ('{"step": 1, "key": "aa", "y": 0.5, "n": 8}\n', "line 1: no line before it has the prompt of key aa"),
     ],
 )
 def test_a_log_that_cannot_be_used_says_where_and_why(tmp_path, capsys, text, reason):
     path = tmp_path / "log.jsonl"
     path.write_text(text)
-    with pytest.raises(LogError, match=reason.replace("[", r"\[")) as caught:
+    with pytest.raises(LineError, match=reason.replace("[", r"\[")) as caught:
         read(path, **OPTIONS)
     assert str(path) in str(caught.value)
     assert cli.main(["backtest", str(path)]) == 1

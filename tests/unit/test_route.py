@@ -350,7 +350,7 @@ def test_calibrate_says_what_the_threshold_does_and_draws_it(saved, tmp_path, ca
         (["--calibrate", "x.jsonl", "--out", "o", "--share", "0.5", "--threshold", "0.1"], 2, "--threshold: with"),
         (["--share", "0.5", "--small", "http://a"], 2, "--share: needs --calibrate FILE"),
         (["--calibrate", "x.jsonl", "--out", "o", "--share", "0.5"], 1, "x.jsonl"),
-        (["--calibrate", "bad.jsonl", "--out", "o", "--share", "0.5"], 1, "bad.jsonl, line 2: KeyError: 'large'"),
+        (["--calibrate", "bad.jsonl", "--out", "o", "--share", "0.5"], 1, "bad.jsonl, line 2: no field 'large'"),
         (["--calibrate", "rate.jsonl", "--out", "o", "--share", "0.5"], 1, "numbers from 0 to 1"),
     ],
 )
