@@ -58,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     args.out.parent.mkdir(parents=True, exist_ok=True)
     counts = {"never solved": 0, "always solved": 0}
-    with args.out.open("w", encoding="utf-8") as out:
+    # Half a surrogate pair is no UTF-8: it is written as JSON's escape for it.
+    with args.out.open("w", encoding="utf-8", errors="backslashreplace") as out:
         for start in range(0, len(asked), BATCH):
             for row in _scored(estimator, asked[start : start + BATCH]):
                 if "verdict" in row:

@@ -56,5 +56,4 @@ def test_the_error_names_the_file_and_the_line(tmp_path, name, data, said):
 )
 def test_a_field_that_cannot_be_used_is_named(tmp_path, row, said):
     with pytest.raises(json_lines.LineError, match=said), json_lines.fields(tmp_path, 7):
-        json_lines.text(row, "prompt")
-        float(row["n"])
+        (json_lines.text(row, "prompt"), float(row["n"]))

@@ -51,6 +51,18 @@ def scored(encoder, tmp_path_factory):
     return estimator, out, argv
 
 
+ODD = "half a pair \ud800, a line\u2028separator"  # the first is no UTF-8, the second ends a line for str.splitlines()
+
+
+def test_any_text_goes_out_and_in_again(scored, encoder, tmp_path):
+    _, _, argv = scored
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
+    asked.write_text(json.dumps({"prompt": ODD}) + "\n")
+    assert cli.main([*argv[:2], str(asked), "--out", str(out), *argv[5:]]) == 0
+    assert [known.prompt for known in prior.read(str(out))] == [ODD]
+    made(encoder, **{"history.prior": str(out)})
+
+
 def test_what_the_run_believes_is_written_beside_each_prompt(scored):
     estimator, out, _ = scored
     rows = [json.loads(line) for line in out.read_text().splitlines()]
