@@ -36,6 +36,6 @@ METHODS = {
     "soft": depo("--depo.filter.rule soft", "soft"),
     "soft-weighted": depo(f"--depo.filter.rule soft {WEIGHTED} --depo.advantage.clip 2", "soft, weighted"),
 }
-RECOMMENDED = "window"  # the defaults
+RECOMMENDED = ("window", "rehearsal")  # the presets depo and depo_wide
 DEFAULT = ("grpo", "dynamic", "window", "rehearsal", "utility-0.1", "soft")
-QUICK = ("grpo", RECOMMENDED)
+QUICK = ("grpo", "window")

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.proof.methods import METHODS
 from depo_plugin.estimator import backends, losses
 from depo_plugin.settings import config
 
@@ -38,6 +39,14 @@ def test_recommended_is_the_defaults_with_their_help():
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")).lstrip("\n")
     assert body == config.to_yaml(config.DepoConfig())
     assert config.load_config("depo", {}) == config.DepoConfig()
+
+
+def test_the_wide_preset_is_the_rule_that_was_measured():
+    """What benchmarks.proof calls rehearsal, by its flags; all else are the defaults."""
+    flags = METHODS["rehearsal"].words
+    values = dict(zip(flags[2::2], flags[3::2], strict=True))  # after --advantage_estimator depo
+    changed = {name.removeprefix("--depo."): yaml.safe_load(value) for name, value in values.items()}
+    assert config.load_config("depo_wide", {}) == config.load_config(None, changed)
 
 
 def test_paper_preset_has_the_papers_numbers():
