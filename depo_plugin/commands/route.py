@@ -94,9 +94,23 @@ def _check(args: argparse.Namespace) -> None:
     if missing := [flag for flag, value in serving.items() if value is None]:
         raise ValueError(f"{', '.join(missing)}: missing. To find a threshold: --calibrate FILE.")
     for flag in ("--small", "--large"):
-        url = urllib.parse.urlsplit(serving[flag])
-        if url.scheme not in ("http", "https") or not url.hostname or url.path.rstrip("/") not in ("", "/v1"):
+        if not _is_address(serving[flag]):
             raise ValueError(f"{flag} {serving[flag]}: must be http://HOST:PORT, with or without /v1.")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port}: must be from 0 to 65535.")
+    if not 0 < args.timeout < float("inf"):
+        raise ValueError(f"--timeout {args.timeout:g}: must be above 0.")
+
+
+def _is_address(text: str) -> bool:
+    """Return whether this is the address of a server, with or without /v1."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        port = url.port  # raises ValueError if it is no port
+    except ValueError:
+        return False
+    whole = url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
+    return whole and port != 0 and url.path.rstrip("/") in ("", "/v1")
 
 
 def _template(args: argparse.Namespace):
@@ -123,9 +137,7 @@ def _calibrate(args: argparse.Namespace, cfg: config.DepoConfig) -> int:
 
     from depo_plugin.routing import curve
 
-    prompts, small_N, large_N = curve.read(
-        args.calibrate, _template(args)
-    )  # a wrong line is told before the encoder loads
+    prompts, small_N, large_N = curve.read(args.calibrate, _template(args))  # before the encoder loads
     rater = _rater(args, cfg)
     rates: list[float] = []
     with tqdm(total=len(prompts), unit="prompt", disable=None) as bar:
@@ -134,8 +146,9 @@ def _calibrate(args: argparse.Namespace, cfg: config.DepoConfig) -> int:
             bar.update(len(rates) - start)
     sample = curve.Sample(np.array(rates), small_N, large_N)
     choice = curve.choose(sample, curve.Target(args.share, args.accuracy), seed=0)
+    print("\n".join([*curve.sentences(choice), ""]))
     curve.write(choice, sample, args.out)
-    print("\n".join([*curve.sentences(choice), "", str(args.out / "curve.png")]))
+    print(args.out / "curve.png")
     return 0
 
 
@@ -160,6 +173,7 @@ def _serve(args: argparse.Namespace, cfg: config.DepoConfig) -> int:
             timeout_graceful_shutdown=DRAIN_S,
         )
     )
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is done
+    # uvicorn raises the first again when all is done, and the second if the port is taken, which it has logged.
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         server.run()
     return 0 if server.started else 1

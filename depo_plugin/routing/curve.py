@@ -117,12 +117,14 @@ def by_gain(sample: Sample) -> np.ndarray:
 def threshold_of(sample: Sample, target: Target) -> float:
     """Return the threshold for a target; if no threshold reaches the accuracy, that of the highest accuracy."""
     order_N = by_difficulty(sample)
+    p_N = sample.p_N[order_N]
     if target.share is not None:
         count = int(target.share * len(order_N) + 1e-9)
     else:
-        reached = accuracies(order_N, sample)
+        ends = np.concatenate([[True], p_N[1:] > p_N[:-1], [True]])  # no threshold parts requests of one pass rate
+        reached = np.where(ends, accuracies(order_N, sample), -1.0)
         count = int(np.argmax(reached >= min(target.accuracy or 0.0, reached.max())))
-    return float(sample.p_N[order_N[count]]) if count < len(order_N) else 1.0
+    return float(p_N[count]) if count < len(p_N) else 1.0
 
 
 def outcome(threshold: float, sample: Sample) -> Outcome:
@@ -175,13 +177,13 @@ def sentences(choice: Choice) -> list[str]:
     """Return what a threshold does, in sentences."""
     got, low, high = choice.labelled, choice.low, choice.high
     told = [
-        f"Threshold {choice.threshold:.4f}: {got.share:.0%} of the requests go to the large model "
+        f"Threshold {choice.threshold:.6g}: {got.share:.0%} of the requests go to the large model "
         f"({low.share:.0%} to {high.share:.0%} of as many new ones), "
         f"{got.accuracy:.1%} of the answers are right ({low.accuracy:.1%} to {high.accuracy:.1%}).",
         f"All by the small model: {choice.small:.1%}. All by the large one: {choice.large:.1%}. As many, chosen at "
         f"random: {choice.random:.1%}. As many, chosen by an oracle: {choice.oracle:.1%}.",
     ]
-    if low.lead <= 0:
+    if low.lead <= 0 and 0 < got.share < 1:
         told.append(
             "[Warning] This may be no better than chance: the texts say too little of what the small model can do, or "
             "what is hard for it is hard for the large one, too."

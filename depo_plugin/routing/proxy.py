@@ -13,10 +13,12 @@ import json
 import logging
 import time
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import anyio
 import httpx
+from anyio.abc import TaskGroup
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -34,10 +36,12 @@ MODEL = "depo-route"  # what /v1/models lists; requests may name any model
 BODY_BYTES = 64 << 20  # longest request
 IN_FLIGHT = 1024  # most requests at a time
 CONNECT_S = 5.0
+SILENCE_S = 30.0  # longest silence of a client that has not sent its whole request
 # Headers of one connection, not of the message (RFC 9110, 7.6.1), and those that are made anew.
 OF_CONNECTION = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te"}
 OF_CONNECTION |= {"trailer", "transfer-encoding", "upgrade"}
 OF_REQUEST = OF_CONNECTION | {"host", "content-length", "content-type", "expect"}
+OF_ANSWER = (b"accept", b"if-", b"range")  # how the client wants its own answer: not that of /v1/models
 
 
 class Refused(Exception):
@@ -65,7 +69,8 @@ class Upstream:
         """
         try:
             if self._model is None:
-                listed = await self._client.get(f"{self._url}/v1/models", headers=headers)
+                known = [(name, value) for name, value in headers if not name.startswith(OF_ANSWER)]
+                listed = await self._client.get(f"{self._url}/v1/models", headers=known)
                 self._model = listed.json()["data"][0]["id"] if listed.is_success else None
             named = request | ({"model": self._model} if self._model else {})
             body = await run_in_threadpool(lambda: json.dumps(named).encode())
@@ -75,7 +80,7 @@ class Upstream:
             answer = await self._client.send(sent, stream=True)
         except httpx.TimeoutException as error:
             raise Refused(504, "timeout", f"the {self.name} model did not answer in time: {_said(error)}") from None
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise Refused(502, "bad_gateway", f"the {self.name} model cannot be asked: {_said(error)}") from None
         if answer.status_code == 404:
             self._model = None  # the server may have been started anew with another model
@@ -134,7 +139,10 @@ class Router:
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT)
         plain = {"accept-encoding": "identity"}  # for clients that name no encoding; the answer's is passed on
-        self._client = httpx.AsyncClient(headers=plain, timeout=timeout, limits=limits, trust_env=False)
+        no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # one client's must not go out with another's
+        self._client = httpx.AsyncClient(
+            headers=plain, timeout=timeout, limits=limits, cookies=no_cookies, trust_env=False
+        )
         self._small, self._large = (Upstream(*one, self._client) for one in (("small", small), ("large", large)))
 
     @contextlib.asynccontextmanager
@@ -153,30 +161,19 @@ class Router:
         self._in_flight += 1
         try:
             async with anyio.create_task_group() as group:
-                body, more = bytearray(), True
-                while more and len(body) <= BODY_BYTES:
-                    message = await receive()
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-
-                async def watch():
-                    while (await receive())["type"] != "http.disconnect":
-                        pass
-                    group.cancel_scope.cancel()
-
-                group.start_soon(watch)
-                await self._answer(scope, body, send, told)
+                await self._answer(scope, receive, send, told, group)
                 group.cancel_scope.cancel()
         finally:
             self._in_flight -= 1
             self._tell(scope["path"], told, time.perf_counter() - start)
 
-    async def _answer(self, scope: Scope, body: bytearray, send: Send, told: Told) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, told: Told, group: TaskGroup) -> None:
         headers = [(name, value) for name, value in scope["headers"] if name.decode("latin-1") not in OF_REQUEST]
         try:
             if self._in_flight > IN_FLIGHT:
                 raise Refused(503, "overloaded", f"{IN_FLIGHT} requests are in progress: try again later")
-            request = await _parsed(body)
+            request = await _parsed(await _whole(receive))
+            group.start_soon(_cancel_if_gone, receive, group.cancel_scope)
             upstream = await self._chosen(request, told)
             answer = await upstream.send(scope["path"], headers, request)
         except Refused as refused:
@@ -241,6 +238,26 @@ class Router:
             "%s: %s, %s, pass rate %s, rated in %.0f ms, %.0f ms in all%s",
             *(path, told.model, told.status, told.rate, 1000 * told.rated_s, 1000 * seconds, ended),
         )
+
+
+async def _whole(receive: Receive) -> bytearray:
+    """Return the request's body, or its beginning if it is longer than BODY_BYTES. Raises Refused."""
+    body, more = bytearray(), True
+    while more and len(body) <= BODY_BYTES:
+        with anyio.move_on_after(SILENCE_S) as silence:
+            message = await receive()
+        if silence.cancelled_caught:
+            raise Refused(408, "timeout", f"nothing came for {SILENCE_S:g} s, and the request is not whole")
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
+
+
+async def _cancel_if_gone(receive: Receive, scope: anyio.CancelScope) -> None:
+    """Cancel the answer when the client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
 
 
 async def _parsed(body: bytearray) -> dict[str, Any]:

@@ -26,11 +26,13 @@ class Upstream:
 
     def __init__(self, model):
         self.model, self.asked, self.headers, self.left = model, [], [], 0
+        self.headers_of_models = {}
         paths = ("/v1/completions", "/v1/chat/completions")
         routes = [Route(path, self.answer, methods=["POST"]) for path in paths]
         self.app = Starlette(routes=[*routes, Route("/v1/models", self.models)])
 
-    async def models(self, _request):
+    async def models(self, request):
+        self.headers_of_models = dict(request.headers)
         return JSONResponse({"data": [{"id": self.model}]})
 
     async def answer(self, request):
@@ -52,7 +54,8 @@ class Upstream:
             return StreamingResponse(self.events(how), media_type="text/event-stream")
         if how == "half":
             return StreamingResponse(self.events("cut"), media_type="application/json")
-        return JSONResponse({"model": self.model, "choices": [{"text": "4", "finish_reason": "stop"}]})
+        answer = {"model": self.model, "choices": [{"text": "4", "finish_reason": "stop"}]}
+        return JSONResponse(answer, headers={"set-cookie": f"session={len(self.asked)}; Path=/"})
 
     async def events(self, how):
         for i in range(3):

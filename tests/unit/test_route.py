@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import time
 
 import httpx
@@ -22,6 +23,7 @@ from depo_plugin.settings.config import load_config
 
 pytestmark = pytest.mark.slow
 
+SERVE = ["--small", "http://a", "--large", "http://b", "--threshold", "0.5"]
 EASY, HARD = "12 + 3 =", "4811 * 9402 ="  # what the small model solves, and what it does not
 
 
@@ -126,6 +128,31 @@ def test_the_request_reaches_the_server_as_it_was_but_for_the_models_name(servic
     (got,) = service.small.headers
     assert (got["authorization"], got["x-request-id"], got["accept-encoding"]) == ("Bearer secret", "7", "br")
     assert "te" not in got
+    assert service.small.headers_of_models["authorization"] == "Bearer secret"
+    assert service.small.headers_of_models["accept-encoding"] == "identity"  # the router reads that answer itself
+
+
+def test_a_cookie_goes_to_the_client_that_it_is_for_and_to_no_other(service):
+    body = {"prompt": EASY}
+    assert httpx.post(f"{service.url}/v1/completions", json=body).cookies["session"] == "1"
+    own = {"cookie": "session=own"}
+    assert httpx.post(f"{service.url}/v1/completions", json=body, headers=own).cookies["session"] == "2"
+    httpx.post(f"{service.url}/v1/completions", json=body)
+    assert [headers.get("cookie") for headers in service.small.headers] == [None, "session=own", None]
+
+
+def test_a_request_that_never_becomes_whole_gives_its_place_back(service, monkeypatch):
+    monkeypatch.setattr(proxy, "SILENCE_S", 0.3)
+
+    def half():
+        yield b'{"prompt": '
+        time.sleep(1)
+        yield b"0}"
+
+    answer = service.client.post("/v1/completions", content=half())
+    assert answer.status_code == 408
+    assert "nothing came for 0.3 s" in answer.json()["error"]["message"]
+    assert service.count("in_flight") == 0
 
 
 def test_a_stream_is_passed_on_as_it_comes(service):
@@ -285,6 +312,14 @@ def test_the_curve_by_hand():
     assert got == (0.25, 0.75, 0.75 - (0.75 * 0.5 + 0.25 * 0.75))
 
 
+def test_requests_of_one_pass_rate_go_together():
+    s = curve.Sample(np.array([0.2, 0.2, 0.5, 0.8]), np.array([0.0, 0, 1, 1]), np.ones(4))
+    for target in (0.6, 0.75, 1.0):  # one of the first two would reach .75, but no threshold parts them
+        assert curve.threshold_of(s, curve.Target(accuracy=target)) == 0.5
+        assert curve.choose(s, curve.Target(accuracy=target), seed=0).labelled.accuracy == 1.0
+    assert curve.threshold_of(s, curve.Target(accuracy=0.5)) == 0.2
+
+
 def test_the_threshold_keeps_what_it_promises_on_new_requests(monkeypatch):
     monkeypatch.setattr(curve, "REPLICATES", 300)
     target, inside = curve.Target(share=0.3), np.zeros(3)
@@ -306,6 +341,8 @@ def test_a_blind_estimator_is_told_of():
     assert choice.low.lead < 0 < choice.high.lead
     assert "[Warning] This may be no better than chance" in curve.sentences(choice)[-1]
     assert "[Warning]" not in "".join(curve.sentences(curve.choose(s, curve.Target(share=0.5), seed=0)))
+    for target in (curve.Target(share=0.0), curve.Target(share=1.0), curve.Target(accuracy=0.4)):
+        assert "[Warning]" not in "".join(curve.sentences(curve.choose(blind, target, seed=0)))  # nothing is chosen
 
 
 def labelled_file(path, rows=300):
@@ -332,7 +369,7 @@ def test_calibrate_says_what_the_threshold_does_and_draws_it(saved, tmp_path, ca
     assert row["labelled"]["share"] < 0.6  # half of the requests are hard
     assert row["low"]["share"] <= row["labelled"]["share"] <= row["high"]["share"]
     assert len(row["curves"]["share"]) == len(row["curves"]["oracle"]) == 301
-    assert said.startswith(f"Threshold {row['threshold']:.4f}: ")
+    assert said.startswith(f"Threshold {row['threshold']:.6g}: ")
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main([*argv, "--accuracy", "1"]) == 1
     assert "no threshold reaches an accuracy of 1: the best is 0.9" in capsys.readouterr().err
@@ -345,6 +382,12 @@ def test_calibrate_says_what_the_threshold_does_and_draws_it(saved, tmp_path, ca
         (["--small", "a", "--large", "http://b", "--threshold", "0.5"], 2, "--small a: must be http://HOST:PORT"),
         (["--small", "http://", "--large", "http://b", "--threshold", "0.5"], 2, "--small http://: must be http"),
         (["--small", "http://b/x", "--large", "http://b", "--threshold", "0"], 2, "--small http://b/x: must be"),
+        (["--small", "http://b:x", "--large", "http://b", "--threshold", "0"], 2, "--small http://b:x: must be"),
+        (["--small", "http://b:99999", "--large", "http://b", "--threshold", "0"], 2, "http://b:99999: must be"),
+        (["--small", "http://b?x=1", "--large", "http://b", "--threshold", "0"], 2, "--small http://b?x=1: must be"),
+        ([*SERVE, "--port", "99999"], 2, "--port 99999: must be from 0 to 65535"),
+        ([*SERVE, "--timeout", "0"], 2, "--timeout 0: must be above 0"),
+        ([*SERVE, "--timeout", "nan"], 2, "--timeout nan: must be above 0"),
         (["--calibrate", "x.jsonl", "--share", "0.5"], 2, "--calibrate needs --out DIR"),
         (["--calibrate", "x.jsonl", "--out", "o"], 2, "either --share S or --accuracy A"),
         (["--calibrate", "x.jsonl", "--out", "o", "--share", "0.5", "--threshold", "0.1"], 2, "--threshold: with"),
@@ -363,10 +406,16 @@ def test_wrong_options_and_files(saved, tmp_path, capsys, monkeypatch, words, st
     assert said in capsys.readouterr().err
 
 
+def test_a_port_that_is_taken_ends_it_with_status_1(saved, caplog):
+    caplog.set_level(logging.ERROR, logger="uvicorn.error")  # the servers of other tests say nothing
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert cli.main(["route", str(saved[0]), *SERVE, "--port", str(taken.getsockname()[1])]) == 1
+    assert "address already in use" in caplog.text
+
+
 def test_a_checkpoint_that_cannot_be_used(saved, tmp_path, capsys):
-    serve = ["--small", "http://a", "--large", "http://b", "--threshold", "0.5"]
-    assert cli.main(["route", str(tmp_path / "none.safetensors"), *serve]) == 1
+    assert cli.main(["route", str(tmp_path / "none.safetensors"), *SERVE]) == 1
     assert "none.safetensors: cannot be read" in capsys.readouterr().err
     path, _ = saved
-    assert cli.main(["route", str(path), *serve, "--depo.estimator.depth", "0.5"]) == 1
+    assert cli.main(["route", str(path), *SERVE, "--depo.estimator.depth", "0.5"]) == 1
     assert "--depo.estimator.depth) was 4, is 3" in capsys.readouterr().err
