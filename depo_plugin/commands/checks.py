@@ -68,22 +68,22 @@ def all_of(flags: list[str]) -> Iterator[Check]:
         return
     prompts: list[str] = []
     labels: list[Any] = []
-    yield _guarded("data", lambda: check_data(args, prompts, labels))
+    yield guarded("data", lambda: check_data(args, prompts, labels))
     if prompts:
-        yield _guarded("reward", lambda: check_reward(args, prompts[0], labels[0]))
-    yield _guarded("gpus", lambda: check_gpus(args))
-    yield _guarded("cpus", lambda: check_cpus(args))
-    yield _guarded("folder", lambda: check_folder(Path(args.ckpt.path)))
-    yield _guarded("disk", lambda: check_disk(args))
-    yield _guarded("encoder", lambda: check_encoder(args, prompts))
+        yield guarded("reward", lambda: check_reward(args, prompts[0], labels[0]))
+    yield guarded("gpus", lambda: check_gpus(args))
+    yield guarded("cpus", lambda: check_cpus(args))
+    yield guarded("folder", lambda: check_folder(Path(args.ckpt.path)))
+    yield guarded("disk", lambda: check_disk(args))
+    yield guarded("encoder", lambda: check_encoder(args, prompts))
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def guarded(name: str, check: Callable[[], Check]) -> Check:
     """Return the check's result; an error in what it looks at is a FAIL with its text."""
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what data sets and reward functions print
             return check()
-    except Exception as error:  # noqa: BLE001, whatever breaks a launch is a result
+    except (Exception, SystemExit) as error:  # noqa: BLE001, whatever breaks a launch is a result, sys.exit() too
         return Check(
             name, FAIL, f"{type(error).__name__}: {error}", "mend what it names: the launch would end with it"
         )

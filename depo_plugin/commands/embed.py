@@ -39,17 +39,31 @@ def run(args: argparse.Namespace) -> int:
     if launch.depo.estimator.mode != "frozen":
         print("depo embed: --depo.estimator.mode finetune keeps no embeddings: nothing to do.")
         return 0
+    data = checks.guarded("data", lambda: checks.check_data(launch, [], []))
+    if data.status == checks.FAIL:
+        print(f"depo embed: {data.said}. To mend it: {data.fix}", file=sys.stderr)
+        return 1
     prompts = checks.prompt_dataset(launch, checks.rows_of(launch)).prompts
     from depo_plugin.estimator.embedding_cache import folder_of
 
     folder = folder_of(launch.depo.estimator.cache_dir, Path(launch.ckpt.path))
-    fill(launch, prompts, folder)
+    try:
+        lasting = fill(launch, prompts, folder)
+    except RuntimeError as error:  # of the encoder
+        print(f"depo embed: {error}", file=sys.stderr)
+        return 1
+    if not lasting:
+        print(f"depo embed: {folder} cannot keep the embeddings; the warning above says why.", file=sys.stderr)
+        return 1
     print(f"{folder}: {len(prompts):,} prompts are embedded")
     return 0
 
 
-def fill(launch, prompts: list[str], folder: Path) -> None:
-    """Embed prompts into the cache in `folder`, with a progress bar. launch: OpenRLHF's arguments after resolve()."""
+def fill(launch, prompts: list[str], folder: Path) -> bool:
+    """Embed prompts into the cache in `folder`, with a progress bar; return whether it kept them.
+
+    launch: OpenRLHF's arguments after resolve(). Raises EncoderError or EstimatorError.
+    """
     import torch
     from tqdm import tqdm
 
@@ -63,3 +77,4 @@ def fill(launch, prompts: list[str], folder: Path) -> None:
             part = prompts[start : start + BATCH]
             model.embed(part)
             bar.update(len(part))
+    return model.lasting

@@ -58,7 +58,13 @@ class EmbeddingCache:
         self._failing: set[str] = set()  # of "read" and "written", what fails and was warned of
         self._db = self._open()
 
+    @property
+    def lasting(self) -> bool:
+        """Whether all rows are in the folder, so that later processes find them."""
+        return self._in_folder and not self._failing
+
     def _open(self) -> sqlite3.Connection:
+        self._in_folder = self._path is not None
         if self._path is not None:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,6 +75,7 @@ class EmbeddingCache:
                     return _connect(self._path)
             except (OSError, sqlite3.Error) as error:
                 logger.warning("DEPO: embeddings are kept in a temporary file, not in %s: %s", self._path, error)
+                self._in_folder = False
         return _connect("")
 
     def _set_aside(self, error: sqlite3.Error) -> None:

@@ -160,6 +160,11 @@ class TextModel:
             known_B |= np.isin(keys_B, keys_B[missing])  # one may occur twice
         return known_B
 
+    @property
+    def lasting(self) -> bool:
+        """Whether later processes find all that was embedded: in mode frozen, in a folder that can be used."""
+        return self._frozen and self._cache.lasting
+
     def rate(self, prompts: list[str]) -> float | None:
         """Return how many new prompts like these are read a second, as last measured; None before that."""
         if not self._speeds or not prompts:

@@ -15,6 +15,7 @@ from nested_args import nested
 from depo_plugin.commands import checks
 from depo_plugin.commands.cli import main
 from depo_plugin.estimator.text_model import TextModel
+from depo_plugin.settings import config
 from depo_plugin.settings.config import EstimatorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,6 +225,62 @@ def test_a_reward_file_may_import_a_module_that_has_the_name_of_openrlhfs(tmp_pa
     assert (found.status, found.said) == (OK, f"{wrapper} gives the label as a response reward 1, score 1")
 
 
+def test_a_reward_file_that_ends_the_process_is_a_fail(tmp_path):
+    ends = tmp_path / "ends.py"
+    ends.write_text("import sys\n\nsys.exit(2)\n")
+    args = arguments(**{"reward.remote_url": str(ends)})
+    found = checks.guarded("reward", lambda: checks.check_reward(args, "1 + 1 =", "2"))
+    assert (found.status, found.said) == (FAIL, "SystemExit: 2")
+
+
+@pytest.mark.wheel
+@pytest.mark.slow
+def test_embedding_ahead_that_cannot_be_done_ends_with_one_line(tmp_path, monkeypatch, capsys):
+    """Data that cannot be read; prompts that are no text; a folder that cannot be used, or an encoder."""
+    launch = nested(
+        {
+            "data.prompt_probs": None,
+            "data.prompt_split": "train",
+            "data.max_samples": 100,
+            "data.input_key": "input",
+            "data.label_key": None,
+            "data.apply_chat_template": False,
+            "data.input_template": None,
+            "data.disable_fast_tokenizer": False,
+            "actor.model_name_or_path": str(ROOT / "scripts/quickstart/tiny"),
+            "rollout.vllm_generate_batch_size": 8,
+            "train.seed": 7,
+            "ckpt.path": str(tmp_path / "checkpoints"),
+        }
+    )
+    monkeypatch.setattr(checks, "check_flags", lambda flags: (checks.Check("flags", OK, ""), launch))
+
+    def said(rows, **estimator):
+        launch.depo = config.load_config(None, {f"estimator.{name}": value for name, value in estimator.items()})
+        launch.data.prompt_dataset = str(tmp_path / "train.jsonl")
+        (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        status = main(["embed", "--", "-m", "openrlhf.cli.train_ppo_ray"])
+        told = capsys.readouterr()
+        return status, (told.err if status else told.out).splitlines()[-1]
+
+    fine, file = [{"input": "1 + 1 ="}], tmp_path / "file"
+    file.touch()
+    status, line = said([{"text": "a"}])
+    assert (status, "train.jsonl has the columns text, not input. To mend it: set" in line) == (1, True)
+    assert said([{"input": [{"role": "user", "content": "a"}]}])[1].startswith("depo embed: a prompt is not text.")
+    status, line = said(fine, cache_dir=str(file / "below"))
+    assert (status, line) == (
+        1,
+        f"depo embed: {file / 'below'} cannot keep the embeddings; the warning above says why.",
+    )
+    status, line = said(fine, model=str(tmp_path / "nowhere"))
+    assert (status, line.startswith("depo embed: --depo.estimator.model")) == (1, True)
+    assert said(fine) == (0, f"{tmp_path / 'checkpoints' / 'depo_embeddings'}: 1 prompts are embedded")
+    launch.data.prompt_dataset = str(tmp_path / "none.jsonl")
+    assert main(["embed", "--", "-m", "openrlhf.cli.train_ppo_ray"]) == 1
+    assert "none.jsonl" in capsys.readouterr().err
+
+
 def test_a_reward_server_is_asked_as_openrlhf_asks_it():
     asked = []
 
@@ -244,7 +301,7 @@ def test_a_reward_server_is_asked_as_openrlhf_asks_it():
         server.shutdown()
     assert asked == [{"query": ["1+1=2"], "prompts": ["1+1="], "labels": ["2"]}]
     assert (found.status, "0.25" in found.said) == (OK, True)
-    gone = checks._guarded("reward", lambda: checks.check_reward(arguments(**{"reward.remote_url": url}), "a", "b"))
+    gone = checks.guarded("reward", lambda: checks.check_reward(arguments(**{"reward.remote_url": url}), "a", "b"))
     assert (gone.status, "refused" in gone.said) == (FAIL, True)
 
 
