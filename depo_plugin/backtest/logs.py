@@ -7,15 +7,19 @@ Formats, one JSON object a line, plain or .gz:
     pool            {"prompt", "pass_rate", "n"?}                          met in random order; groups are drawn
 """
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from depo_plugin.json_lines import LineError, fields
 from depo_plugin.json_lines import read as read_lines
+
+logger = logging.getLogger(__name__)
 
 
 class Group(NamedTuple):
@@ -43,34 +47,43 @@ def read(path: Path, *, group_size: int, batch: int, passes: int, seed: int) -> 
     if "reward" in first:
         return _chunks(_rollouts(path, rows, group_size), batch)
     if "step" in first and ({"k", "n"} <= set(first) or {"y", "n", "key"} <= set(first)):
-        return _steps(path, rows)
+        if steps := _steps(path, rows):
+            return steps
+        raise LineError(f"{path}: no group's prompt is in the file.")
     raise LineError(
         f"{path}, line {number}: none of the known formats. A line needs step, prompt, k and n (an event log or "
         "groups.jsonl), or prompt and reward (rollouts.jsonl), or prompt and pass_rate (a pool)."
     )
 
 
-def _steps(path: Path, rows: Iterable[tuple[int, dict]]) -> list[list[Group]]:
-    """Return the steps of an event log or of groups.jsonl, whose prompts stand in each key's first line."""
-    steps: dict[int, list[Group]] = defaultdict(list)
-    texts: dict[str, tuple[str, str]] = {}
+def _steps(path: Path, rows: list[tuple[int, dict]]) -> list[list[Group]]:
+    """Return the steps of an event log or of groups.jsonl.
+
+    In groups.jsonl a prompt's text stands in one line of its key; groups whose text is missing are left out, with a
+    warning. A resumed run writes steps again: the last line of a step and key counts, and later steps are forgotten.
+    """
+    with_text = ((row["key"], row) for _, row in rows if "key" in row and "prompt" in row)
+    texts = {str(key): (str(row["prompt"]), str(row.get("label", ""))) for key, row in with_text}
+    steps: dict[int, dict[Any, Group]] = defaultdict(dict)
+    missing = 0
     for number, row in rows:
-        key = row.get("key")
-        if key is not None and "prompt" in row:
-            texts[key] = str(row["prompt"]), str(row.get("label", ""))
-        if key is not None and key not in texts:
-            raise LineError(f"{path}, line {number}: no line before it has the prompt of key {key}.")
+        key = None if row.get("key") is None else str(row["key"])
         with fields(path, number):
-            prompt, label = texts[key] if key is not None else (str(row["prompt"]), str(row.get("label", "")))
             n = int(row["n"])
             k = float(row["k"] if "k" in row else row["y"] * n)
             step = int(row["step"])
-        if not (n >= 1 and 0 <= k <= n):
-            raise LineError(f"{path}, line {number}: k {k:g} of n {n}: k must be from 0 to n, and n at least 1.")
-        if key is not None and step in steps and step != next(reversed(steps)):  # a resumed run: its steps come again
-            steps = defaultdict(list, {at: groups for at, groups in steps.items() if at < step})
-        steps[step].append(Group(prompt, label, str(row.get("source", "")), k, n))
-    return [steps[step] for step in sorted(steps)]
+            if not (n >= 1 and 0 <= k <= n):
+                raise ValueError(f"k {k:g} of n {n}: k must be from 0 to n, and n at least 1")
+            text = texts.get(key) if key is not None else (str(row["prompt"]), str(row.get("label", "")))
+        if key is not None and step in steps and step != next(reversed(steps)):
+            steps = defaultdict(dict, {at: groups for at, groups in steps.items() if at < step})
+        if text is None:
+            missing += 1
+        else:
+            steps[step][number if key is None else key] = Group(*text, str(row.get("source", "")), k, n)
+    if missing:
+        logger.warning("%s: %d groups are left out: no line has the prompt of their key.", path, missing)
+    return [list(steps[step].values()) for step in sorted(steps)]
 
 
 def _rollouts(path: Path, rows: Iterable[tuple[int, dict]], group_size: int) -> list[Group]:
@@ -80,9 +93,18 @@ def _rollouts(path: Path, rows: Iterable[tuple[int, dict]], group_size: int) -> 
     for number, row in rows:
         with fields(path, number):
             key, reward = (str(row["prompt"]), str(row.get("label", ""))), float(row["reward"])
+            if not math.isfinite(reward):
+                raise ValueError(f"reward {reward} is no number")
         open_groups[key].append(min(max(reward, 0.0), 1.0))
         if len(open_groups[key]) == group_size:
             groups.append(Group(*key, "", sum(open_groups.pop(key)), group_size))
+    if not groups:
+        most = max(map(len, open_groups.values()))
+        text = f"no prompt has {group_size} responses, the most is {most}. Give their number with --group-size."
+        raise LineError(f"{path}: {text}")
+    if open_groups:
+        text = "%s: %d responses are left out: their prompts have fewer than --group-size %d."
+        logger.warning(text, path, sum(map(len, open_groups.values())), group_size)
     return groups
 
 

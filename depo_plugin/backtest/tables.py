@@ -25,6 +25,8 @@ CLOSED = "depo, closed"  # learns only from what it keeps
 
 def sentence(found: Mapping[str, float]) -> str:
     """Return what the filter would have done, in one sentence. found: scores of `closed`."""
+    if not found["signal_all"] > 0:
+        return "On this log no group has a signal: there is nothing to find."
     return (
         f"On this log DEPO would have rolled out {found['keep_rate']:.0%} of the groups; "
         f"{found['signal_kept']:.0%} of those had a signal instead of {found['signal_all']:.0%}. "

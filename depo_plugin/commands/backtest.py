@@ -22,6 +22,7 @@ Exit status: 0 if done, 1 if a log cannot be used, 2 if the options are wrong.
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -52,24 +53,43 @@ def run(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     if low := [
-        name for name in ("group_size", "batch", "passes") if getattr(args, name) < (2 if name == "group_size" else 1)
+        name
+        for name, least in {"group_size": 2, "batch": 1, "passes": 1, "seed": 0}.items()
+        if getattr(args, name) < least
     ]:
         print(f"--{low[0].replace('_', '-')} {getattr(args, low[0])}: too small.", file=sys.stderr)
         return 2
     from depo_plugin.backtest.logs import read
 
+    options = {"group_size": args.group_size, "batch": args.batch, "passes": args.passes, "seed": args.seed}
     written = {}
-    for path in args.logs:
-        try:
-            steps = read(path, group_size=args.group_size, batch=args.batch, passes=args.passes, seed=args.seed)
-        except (LineError, OSError) as error:
-            print(f"depo backtest: {error}", file=sys.stderr)
-            return 1
-        written[str(path)] = _one(args, path, steps, overrides)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    try:
+        logs = {path: read(path, **options) for path in args.logs}
+        for path, steps in logs.items():
+            written[str(path)] = _one(args, path, steps, overrides)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(_without_nan(written), indent=1) + "\n", encoding="utf-8")
+    except UnknownName as error:
+        print(f"--only {error}", file=sys.stderr)
+        return 2
+    except (LineError, OSError, RuntimeError) as error:  # of a log, the encoder, or the folder for the picture
+        print(f"depo backtest: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+class UnknownName(ValueError):
+    """--only names a predictor that there is not."""
+
+
+def _without_nan(value):
+    """Return the same figures with None for those that are undefined: NaN is no JSON."""
+    if isinstance(value, dict):
+        return {name: _without_nan(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _one(args: argparse.Namespace, path: Path, steps, overrides: dict) -> dict:
@@ -90,6 +110,8 @@ def _one(args: argparse.Namespace, path: Path, steps, overrides: dict) -> dict:
     with tempfile.TemporaryDirectory(prefix="depo-backtest-") as temporary:
         cache = Path(cfg.estimator.cache_dir or temporary)
         made = predictors(steps, cfg_of, args.group_size, args.seed, cache)
+        if unknown := [name for name in args.only or () if name not in made]:
+            raise UnknownName(f"{unknown[0]}: must be of {', '.join(made)}.")
         chosen = ["depo", *(name for name in made if name != "depo" and (not args.only or name in args.only))]
         plan = [("depo", False), (tables.CLOSED, True), *((name, False) for name in chosen[1:])]
         found = {}
@@ -114,9 +136,13 @@ def _one(args: argparse.Namespace, path: Path, steps, overrides: dict) -> dict:
     print(f"\n{title}\n{tables.sentence(rows[tables.CLOSED]['all'])}\n")
     print("\n".join(tables.lines(rows)))
     name = path.name.split(".")[0]
+    if sum(other.name.split(".")[0] == name for other in args.logs) > 1:  # such as groups.jsonl of several runs
+        name += f"-{args.logs.index(path) + 1}"
     try:
         tables.draw(truth, found, rows, title, args.out / f"{name}.png")
         print(f"\n{args.out / name}.png")
+    except OSError as error:
+        print(f"\n(no picture: {error})", file=sys.stderr)
     except ModuleNotFoundError as error:
         print(f"\n(no picture: the package {error.name} is missing. Run: pip install 'openrlhf-depo[report]')")
     return rows

@@ -53,6 +53,29 @@ def test_groups_of_a_run_have_their_text_in_a_keys_first_line_and_a_resume_begin
     assert steps == [[Group("a", "1", "s", 2.0, 8)], [Group("a", "1", "s", 6.0, 8)]]
 
 
+def test_of_a_step_that_is_written_twice_the_last_line_of_a_key_counts(tmp_path):
+    """A run that was killed one step after its checkpoint."""
+    rows = [
+        {"step": 1, "key": "aa", "y": 0.5, "n": 8, "prompt": "a"},
+        {"step": 2, "key": "bb", "y": 0.5, "n": 8, "prompt": "b"},
+        {"step": 2, "key": "bb", "y": 0.25, "n": 8},
+    ]
+    steps = read(written(tmp_path / "groups.jsonl", *rows), **OPTIONS)
+    assert steps == [[Group("a", "", "", 4.0, 8)], [Group("b", "", "", 2.0, 8)]]
+
+
+def test_groups_whose_text_was_not_written_are_left_out(tmp_path, caplog):
+    """A full disk, or an answer that came too late: docs/metrics.md. The text may come in a later line."""
+    rows = [
+        {"step": 1, "key": "aa", "y": 0.5, "n": 8},
+        {"step": 1, "key": "bb", "y": 0.5, "n": 8},
+        {"step": 2, "key": "bb", "y": 0.25, "n": 8, "prompt": "b"},
+    ]
+    steps = read(written(tmp_path / "groups.jsonl", *rows), **OPTIONS)
+    assert steps == [[Group("b", "", "", 4.0, 8)], [Group("b", "", "", 2.0, 8)]]
+    assert "1 groups are left out: no line has the prompt of their key" in caplog.text
+
+
 def test_single_responses_become_groups_as_they_are_completed(tmp_path):
     rows = [{"prompt": name, "label": "", "reward": reward} for name, reward in zip("abab", (1, 0, 0, 0), strict=True)]
     rows += [{"prompt": "c", "reward": 1.0}, {"prompt": "c", "reward": 3.0}, {"prompt": "c", "reward": 1.0}]
@@ -82,7 +105,12 @@ def test_a_pool_is_met_in_random_order_pass_after_pass(tmp_path):
         ('{"step": 1, "prompt": "a", "k": 1, "n": 8}\n{"step": 1, "k": 1, "n": 8}\n', "line 2: no field 'prompt'"),
         ('{"prompt": "a", "pass_rate": 1.5}\n', "line 1: pass_rate 1.5"),
         ('{"prompt": "a", "reward": "good"}\n', "line 1: could not convert string to float: 'good'"),
-        ('{"step": 1, "key": "aa", "y": 0.5, "n": 8}\n', "line 1: no line before it has the prompt of key aa"),
+        ('{"step": 1, "key": "aa", "y": 0.5, "n": 8}\n', "no group's prompt is in the file"),
+        ('{"prompt": "a", "reward": NaN}\n', "line 1: reward nan is no number"),
+        (
+            '{"prompt": "a", "reward": 1}\n',
+            "no prompt has 8 responses, the most is 1. Give their number with --group-size",
+        ),
     ],
 )
 def test_a_log_that_cannot_be_used_says_where_and_why(tmp_path, capsys, text, reason):
@@ -244,6 +272,34 @@ def test_the_command_judges_a_real_log(tmp_path, capsys):
     assert (tmp_path / "out" / "tiny_log.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_two_logs_of_one_name_have_two_pictures_and_figures_that_are_json(tmp_path, capsys):
+    """A log without any signal, whose figures are partly undefined, and a folder that cannot be written to."""
+    encoder = tiny_encoder.write(tmp_path / "encoder")
+    rows = [{"step": step, "prompt": f"p{i}", "k": 0, "n": 8} for step in range(4) for i in range(4)]
+    paths = [tmp_path / name / "groups.jsonl" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        written(path, *rows)
+    argv = ["backtest", *map(str, paths), "--only", "running mean", "--json", str(tmp_path / "out.json")]
+    argv += ["--depo.estimator.model", encoder, "--depo.estimator.depth", "1"]
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 0
+    assert "On this log no group has a signal" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"groups-1.png", "groups-2.png"}
+
+    def no_constant(name):
+        raise ValueError(name)
+
+    found = json.loads((tmp_path / "out.json").read_text(), parse_constant=no_constant)
+    assert list(found) == list(map(str, paths))
+    assert None in found[str(paths[0])]["depo, closed"]["all"].values()
+    (tmp_path / "file").touch()
+    assert cli.main([*argv, "--out", str(tmp_path / "file" / "below")]) == 0
+    assert "(no picture: " in capsys.readouterr().err
+    assert cli.main([*argv, "--only", "rnning mean"]) == 2
+    assert "--only rnning mean: must be of depo, " in capsys.readouterr().err
+
+
 def test_embeddings_are_kept_in_the_folder_that_is_named(tmp_path):
     """Later runs find them there, instead of a temporary folder of their own."""
     encoder, cache = tiny_encoder.write(tmp_path / "encoder"), tmp_path / "embeddings"
@@ -258,3 +314,7 @@ def test_options_that_cannot_be_used_are_refused(capsys):
     assert "--depo.filter.low 2" in capsys.readouterr().err
     assert cli.main(["backtest", str(LOG), "--group-size", "1"]) == 2
     assert "--group-size 1: too small" in capsys.readouterr().err
+    assert cli.main(["backtest", str(LOG), "--seed", "-1"]) == 2
+    assert "--seed -1: too small" in capsys.readouterr().err
+    assert cli.main(["backtest", str(LOG), "--depo.estimator.model", "/nowhere"]) == 1
+    assert "depo backtest: --depo.estimator.model /nowhere: cannot be loaded" in capsys.readouterr().err
