@@ -290,9 +290,12 @@ class DifficultyEstimator:
                 + "; ".join(f"{IDENTITY_FLAGS[name]} was {found.get(name)}, is {own[name]}" for name in other)
                 + ". Resume with the values it was written with, or remove the folder depo under --ckpt.path."
             )
-        self.text.load_state_dict(state["text"])
-        self.belief.load_state_dict(state["belief"])
-        self.ledger.load_state_dict(state["ledger"])
+        try:
+            self.belief.load_state_dict(state["belief"])
+            self.text.load_state_dict(state["text"])
+            self.ledger.load_state_dict(state["ledger"])
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(f"the estimator checkpoint does not fit: {error}") from error
         self._trained = np.array(state["trained"], np.uint64)
         recent = ((Label(*label), ability) for *label, ability in state["recent"])
         self._recent = deque(recent, maxlen=self._cfg.estimator.replay)

@@ -166,8 +166,8 @@ def said(step: int, rows: Sequence[Mapping[str, float]]) -> str:
             beside = f" (about {fmean(unfiltered):.0%} without the filter)" if unfiltered else ""
             parts.append(f"{fmean(ratios):.0%} of the groups had a signal{beside}")
     if ratios:
-        predicted, observed = fmean(known("pred_mean")), fmean(known("target_mean"))
-        parts.append(f"predicted pass rate {predicted:.2f}, observed {observed:.2f}")
+        if predicted := known("pred_mean"):  # none if the prompts were kept without a score
+            parts.append(f"predicted pass rate {fmean(predicted):.2f}, observed {fmean(known('target_mean')):.2f}")
     else:
         parts.append("the estimator has judged no group")
     if waited := known("time_blocked"):

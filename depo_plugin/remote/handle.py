@@ -24,6 +24,7 @@ TALLY = {  # what each process adds to the step's metrics, counted since the las
     "labels_unsent": "groups that were not learned from, because the estimator was behind",
     "clipped": "scores outside --depo.labels.reward_range, clipped to it",
 }
+RARE = {"load", "save"}  # asked for too seldom to answer several times before a fault is over
 DROPPED = "labels_dropped"  # counted beside them; the estimator keeps its total
 
 
@@ -193,7 +194,7 @@ class RemoteEstimator:
         return self._breaker.state
 
     def _failed(self, error: RayError, method: str) -> None:
-        if self._breaker.failed(method, raised=isinstance(error, RayTaskError)):
+        if self._breaker.failed(method, raised=isinstance(error, RayTaskError) and method not in RARE):
             self._warn(error)
 
     def _answered(self, method: str, waited_for: bool) -> None:

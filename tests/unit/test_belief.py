@@ -55,6 +55,22 @@ def predict(belief, keys, now=0, s=None, text=None):
     return belief.predict(*texts(belief, keys, s, text), now)
 
 
+@pytest.mark.parametrize("settings", [{"kappa": "0.05"}, {}])
+def test_the_surest_scores_of_a_pool_of_all_or_nothing_keep_it_finite(settings):
+    """Prompts that are all right or all wrong whatever their text, from which the widest spread is fitted."""
+    belief, rng = believe(3, **settings), np.random.default_rng(0)
+    text = rng.normal(size=(32, 3))
+    for step in range(40):
+        keys = range(32 * step, 32 * step + 32)
+        update(belief, [(key, 8 * int(rng.integers(2)), 8) for key in keys], step, text=text)
+    assert belief.spread > 20
+    s = np.array([14.0, -14.0] * 16)
+    update(belief, [(key, 8 * (key % 2), 8) for key in range(32)], 40, s, text)  # what nobody would believe
+    a, b = predict(belief, [10**6, 10**6 + 1], 41, s[:2], text[:2])
+    assert np.isfinite([*a, *b, belief.ability]).all()
+    assert (a / (a + b))[0] > (a / (a + b))[1]
+
+
 def rates(belief, keys, **rest):
     a, b = predict(belief, keys, **rest)
     return a / (a + b)

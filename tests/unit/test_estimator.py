@@ -368,6 +368,16 @@ def test_a_state_of_another_estimator_is_refused_by_name(make, tmp_path):
             make(**other).load_state_dict(state)
 
 
+def test_a_belief_with_other_text_features_is_refused_with_the_reason(make):
+    """As by another --depo.history.share: a warning alone would lose all that was learned, without a word."""
+    state = make().state_dict()
+    state["belief"] |= {"information": np.eye(3), "vector": np.zeros(3)}
+    with pytest.raises(
+        CheckpointError, match=r"does not fit: belief: it was learned with 1 text features.*history.share"
+    ):
+        make().load_state_dict(state)
+
+
 def test_frozen_heads_are_refused_by_a_folder_of_the_same_name_with_other_weights(make, folder, tmp_path):
     """Frozen weights are not in the state: heads and belief would go on with embeddings that they never saw."""
     state = make(mode="frozen").state_dict()

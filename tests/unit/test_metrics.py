@@ -129,10 +129,14 @@ OTHER |= {"pred_mean": 0.25, "target_mean": 0.125}
             [{"effective_ratio": 0.0, "effective_gain": 0.0, "pred_mean": 0.5, "target_mean": 1.0, "kept": 0.0}],
             "0% of the groups had a signal; predicted pass rate 0.50, observed 1.00",
         ),
+        (
+            [{"scanned": 8.0, "kept": 8.0, "effective_ratio": 0.25, "target_mean": 0.5}],  # kept without scores
+            "rolled out 100% of the prompts it looked at; 25% of the groups had a signal",
+        ),
         ([{"time_blocked": 30.0}], "the estimator has judged no group; waited 30.0 s a step for the estimator"),
         ([{}], "the estimator has judged no group"),
     ],
-    ids=["two steps", "one without an answer", "nothing scanned", "no answer", "nothing known"],
+    ids=["two steps", "one without an answer", "nothing scanned", "no scores", "no answer", "nothing known"],
 )
 def test_the_consoles_line_by_hand(rows, expected):
     assert metrics.said(40, rows) == f"DEPO: step 40: {expected}"

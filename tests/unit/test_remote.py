@@ -49,6 +49,16 @@ def answer_again(handle):
     return first
 
 
+def test_a_checkpoint_that_cannot_be_loaded_does_not_make_the_handle_doubt_for_ever():
+    """load() is called once a process, so that no answers to it can end its fault."""
+    doubting = remote_handle.RemoteEstimator(None, 60.0)
+    doubting._failed(ray.exceptions.RayTaskError("load", "", ValueError("odd")), "load")
+    assert doubting._breaker.state is breaker.State.HALF_OPEN
+    for _ in range(breaker.ANSWERS):
+        doubting._answered("score", waited_for=True)
+    assert doubting._breaker.state is breaker.State.CLOSED
+
+
 def test_scores_come_back_and_the_time_waited_is_given_once(handle, caplog):
     start = time.perf_counter()
     scores = score(handle)
