@@ -7,8 +7,9 @@ one's own is a Python file with a function `keep(beliefs)`. Suffix B: one entry 
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ def own_rule(path: str) -> Rule:
     spec = spec_from_file_location("depo_rule", path)
     if spec is None or spec.loader is None:
         raise RuleError("it is not a Python file")
-    module = module_from_spec(spec)
+    module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses of the file look for it
     try:
         spec.loader.exec_module(module)
     except FileNotFoundError:
@@ -100,8 +101,11 @@ def own_rule(path: str) -> Rule:
         raise RuleError("it defines no function keep(beliefs)")
 
     def checked(beliefs: Beliefs) -> np.ndarray:
+        if not len(beliefs.p):
+            return np.empty(0)
+        arrays = {name: value.copy() for name, value in vars(beliefs).items() if isinstance(value, np.ndarray)}
         try:
-            q_B = np.asarray(keep(beliefs), np.float64)
+            q_B = np.asarray(keep(replace(beliefs, **arrays)), np.float64)  # copies, with which it may do as it likes
         except Exception as error:
             raise RuleError(f"keep(beliefs) raises {type(error).__name__}: {error}") from error
         if q_B.shape != beliefs.p.shape:

@@ -1,6 +1,7 @@
 """The estimator's Ray actor: one DifficultyEstimator in a process of its own, owned by the driver."""
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -53,12 +54,11 @@ class EstimatorActor:
         its own checkpoints.
         """
         self.args, self.group_size, self.root, self.run = args, group_size, Path(snapshot_root).absolute(), run
-        self.filter = PromptFilter(config.from_namespace(args.depo).filter, group_size)  # of shadow mode
         self.rejected: list[Label] = []
         self.judged: list[Label] = []
         self.tally: Counter[str] = Counter()
         self.update_s = 0.0
-        self.pacer = Pacer()
+        self.pacer = Pacer(replaces=args.algo.dynamic_filtering_enable)
         self.unread: list[str] = []  # prompts that were asked about and are not embedded yet
         self._estimator, self._failure, self._retry_at = None, "", 0.0
         self._written_at = time.monotonic()
@@ -68,6 +68,11 @@ class EstimatorActor:
 
     def ping(self) -> None:
         """Return when this process runs."""
+
+    @functools.cached_property
+    def filter(self) -> PromptFilter:
+        """The filter of shadow mode. Made when asked for: its rule may be a file that this node does not have."""
+        return PromptFilter(config.from_namespace(self.args.depo).filter, self.group_size)
 
     @property
     def estimator(self):

@@ -24,9 +24,13 @@ class Pacer:
     Times are those at which the callers sent, in seconds since the epoch: a call may have waited for the one before.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.time):
-        """clock: seconds since the epoch."""
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.time, *, replaces: bool = False):
+        """clock: seconds since the epoch.
+
+        replaces: whether groups are thrown away and replaced during the rollouts (dynamic filtering). The rollouts then
+        wait for the next batch's scores at the first replacement.
+        """
+        self._clock, self._replaces = clock, replaces
         self._asked_at: float | None = None  # for the next batch's scores
         self._judged_at: float | None = None
         self._trains = False  # whether nothing was asked since the last groups
@@ -49,6 +53,8 @@ class Pacer:
 
     def for_scores(self) -> float:
         """Return the seconds for the next batch's scores."""
+        if self._replaces:
+            return LEAST_S
         return max(LEAST_S, self._left(self._asked_at, SHARE * min(self._rolling)))
 
     def for_learning(self) -> float:

@@ -39,6 +39,7 @@ def arguments(encoder, root, **settings):
     args = nested(
         {
             "algo.advantage.estimator": "group_norm",
+            "algo.dynamic_filtering_enable": False,
             "train.seed": 3,
             "train.agent_func_path": None,
             "ckpt.path": str(root),

@@ -40,6 +40,18 @@ def test_scores_may_take_as_long_as_the_rollouts_did(made, clock):
     assert made.for_scores() == LEAST_S
 
 
+def test_scores_that_a_replacement_would_wait_for_take_no_longer_than_those_that_training_waits_for(clock):
+    """With dynamic filtering the first rejected group draws from the next batch, in the middle of the rollouts."""
+    made = Pacer(clock, replaces=True)
+    made.asked(0.0, waited_for=False)
+    made.judged(60.0)
+    made.asked(80.0, waited_for=False)
+    assert made.for_scores() == LEAST_S
+    made.judged(140.0)
+    clock.now = 140.0
+    assert made.for_learning() == pytest.approx(SHARE * 20)  # the rest is read while the policy trains
+
+
 def test_learning_may_take_as_long_as_training_did(made, clock):
     made.judged(220.0)
     clock.now = 221.0

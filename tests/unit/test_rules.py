@@ -97,3 +97,23 @@ def test_the_quota_goes_by_data_source():
     sources = np.array(["add-2digit", "add-2digit", "sub-2digit", "other", "add-2digit"])
     q = own_rule(str(path))(rules.Beliefs(**{**vars(EXAMPLE), "datasource": sources}))
     assert q.tolist() == [0.0, 0.25, 1.0, 0.5, 0.0]
+
+
+def test_a_rule_may_change_its_arrays_and_has_classes(tmp_path):
+    """It gets copies: the numbers are logged, and kept for the ledger, after it."""
+    path = written(
+        tmp_path,
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Limits:\n    low: float = 0.1\n\n"
+        "def keep(beliefs):\n    p = beliefs.p\n    p -= 0.5\n    beliefs.v[:] = 0\n    return (abs(p) < 0.4) * 1.0\n",
+    )
+    before = {name: np.copy(value) for name, value in vars(EXAMPLE).items()}
+    np.testing.assert_array_equal(own_rule(path)(EXAMPLE), [0, 1, 1, 1, 0])
+    for name, value in before.items():
+        np.testing.assert_array_equal(getattr(EXAMPLE, name), value)
+
+
+def test_a_rule_is_not_asked_about_nothing(tmp_path):
+    path = written(tmp_path, "def keep(beliefs):\n    return (beliefs.v >= max(beliefs.v)) * 1.0\n")
+    nothing = {name: value[:0] for name, value in vars(EXAMPLE).items() if isinstance(value, np.ndarray)}
+    assert own_rule(path)(rules.Beliefs(**{**vars(EXAMPLE), **nothing})).shape == (0,)
