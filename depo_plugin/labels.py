@@ -53,16 +53,16 @@ def group_label(prompt, label, scores, rewards, log_probs, reward_range, tokens=
     """Return the label of one group, or None if a score is not finite.
 
     scores, rewards: n floats each (scores are raw, rewards are what the advantage is computed from); log_probs: n mean
-    token log-probs (<= 0), or None; reward_range: (LO, HI); tokens: n numbers of response tokens, or None. y is the
-    mean of (score - LO) / (HI - LO), each score clipped to the range.
+    token log-probs (<= 0), None for a response without a token, or no list but None; reward_range: (LO, HI); tokens: n
+    numbers of response tokens, or None. y is the mean of (score - LO) / (HI - LO), each score clipped to the range.
     """
     low, high = reward_range
     if not all(map(math.isfinite, scores)):
         return None
     y = sum((min(max(s, low), high) - low) / (high - low) for s in scores) / len(scores)
     d = None
-    if log_probs is not None:
-        d = min(max(math.exp(sum(log_probs) / len(log_probs)), D_MIN), 1 - D_MIN)
+    if known := [one for one in log_probs or () if one is not None]:
+        d = min(max(math.exp(sum(known) / len(known)), D_MIN), 1 - D_MIN)
         d = d if math.isfinite(d) else None
     signal = max(rewards) > min(rewards)
     return Label(prompt, str(label), y, d, len(scores), signal, None if tokens is None else sum(tokens))
@@ -88,11 +88,13 @@ def from_experiences(experiences: list, group_size: int, reward_range: tuple[flo
     """
     samples_by_group = defaultdict(list)
     for experience in experiences:
-        mask = experience.action_mask.float()
-        log_probs = (experience.action_log_probs.float() * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        mask, log_probs = experience.action_mask.bool(), experience.action_log_probs.float()
+        sums = log_probs.where(mask, 0.0).sum(-1).tolist()  # padding may hold -inf
+        tokens = _tokens(experience)
+        means = [total / count if count else None for total, count in zip(sums, tokens, strict=True)]
         rewards = per_response(experience, "rewards")
         scores = rewards if experience.scores is None else per_response(experience, "scores")
-        fields = experience.prompts, experience.labels, scores, rewards, log_probs.tolist(), _tokens(experience)
+        fields = experience.prompts, experience.labels, scores, rewards, means, tokens
         for index, *sample in zip(experience.index, *fields, strict=True):
             samples_by_group[index // group_size].append(sample)
     groups = []

@@ -316,6 +316,8 @@ class DifficultyFilteredLoader:
         else:
             self._queue.extend(own["queue"])
             self._asked = self._asked_before(own["asked"])
+        if own["batch_size"] != self._batch_size:
+            self._leave_whole_batches()
         self._warn_of_changes(own, other_prompts, other_stream)
 
     def _asked_before(self, asked: dict | None) -> Asked | None:
@@ -364,6 +366,11 @@ class DifficultyFilteredLoader:
             "over the pool.",
             self._served,
         )
+        self._leave_whole_batches()
+
+    def _leave_whole_batches(self) -> None:
+        """Shorten the episode by what is less than a batch: a short batch may be too small for the policy's ranks."""
+        self._served += (len(self) + self._refunds - self._served) % self._batch_size
 
 
 def _plain(x: Any) -> list[float | None]:

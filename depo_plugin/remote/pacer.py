@@ -27,8 +27,8 @@ class Pacer:
     def __init__(self, clock: Callable[[], float] = time.time, *, replaces: bool = False):
         """clock: seconds since the epoch.
 
-        replaces: whether groups are thrown away and replaced during the rollouts (dynamic filtering). The rollouts then
-        wait for the next batch's scores at the first replacement.
+        replaces: whether groups are thrown away and replaced during the rollouts (dynamic filtering). Then the
+        rollouts wait for the next batch's scores at the first replacement.
         """
         self._clock, self._replaces = clock, replaces
         self._asked_at: float | None = None  # for the next batch's scores

@@ -66,6 +66,14 @@ def test_d_is_clamped(log_prob, d):
     assert only(from_experiences([batch], 2, UNIT)).d == d
 
 
+def test_d_leaves_out_padding_whatever_it_holds_and_responses_without_a_token():
+    padded = [[-0.5, -math.inf], [-math.inf, -math.inf]]
+    batch = micro_batch([0, 1], [0, 1], log_probs=padded, mask=[[1, 0], [0, 0]])
+    assert only(from_experiences([batch], 2, UNIT)).d == pytest.approx(math.exp(-0.5))
+    nothing = micro_batch([0, 1], [0, 1], log_probs=padded, mask=[[0, 0], [0, 0]])
+    assert only(from_experiences([nothing], 2, UNIT)).d is None
+
+
 def test_d_is_unknown_if_a_log_prob_is_nan_and_the_score_still_counts():
     batch = micro_batch([0, 1], [0, 1], log_probs=[[math.nan], [-1.0]])
     assert only(from_experiences([batch], 2, UNIT)) == Label("p0", "a0", 0.5, None, 2, True, 2)

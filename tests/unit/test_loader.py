@@ -698,7 +698,7 @@ def test_a_state_has_exactly_its_fields():
 
 @pytest.mark.parametrize("served", [0, 8, 12, 32, 40])
 def test_with_another_batch_size_the_pass_goes_on(served, caplog):
-    """Served 12 of batches of 8: four were planned and not given out. They come first."""
+    """Served 12 of batches of 8: four were planned and not given out. They come first. All batches are whole."""
     options = {"episodes": 9, "seed": 5, **ACCEPT_ALL}
     loader, estimator = make(40, 8, **options)
     draw(loader, estimator, served, 8, 0)
@@ -706,8 +706,9 @@ def test_with_another_batch_size_the_pass_goes_on(served, caplog):
     (warning,) = caplog.messages
     assert "--rollout.vllm_generate_batch_size (default: --rollout.batch_size) was 8, is 5" in warning
     assert "The pass over the pool goes on" in warning
-    assert episode(again) == stream(40, 5, 40)[served:]
-    assert episode(again) == stream(40, 5, 80)[40:]
+    end = served + (40 - served) // 5 * 5
+    assert episode(again) == stream(40, 5, end)[served:]
+    assert episode(again) == stream(40, 5, end + 40)[end:]
 
 
 @pytest.mark.parametrize("batch_size", [8, 5])
@@ -720,7 +721,7 @@ def test_with_another_seed_the_next_pass_starts_in_its_order(batch_size, caplog)
     assert "--train.seed was 5, is 6" in warning
     assert "The next pass over the pool starts now" in warning
     assert ("was 8, is 5" in warning) == (batch_size == 5)
-    assert episode(again) == stream(40, 6, 64)[40:]
+    assert episode(again) == stream(40, 6, 40 + 24 // batch_size * batch_size)[40:]
 
 
 def own_loader(count, workers):
@@ -731,16 +732,16 @@ def own_loader(count, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("served", [0, 8, 20])
+@pytest.mark.parametrize("served", [0, 8, 10, 20])
 def test_switched_on_in_a_checkpoint_without_it(served, workers, caplog):
-    """The rest of the episode, in DEPO's own order."""
+    """The rest of the episode, in DEPO's own order and in whole batches."""
     inner = own_loader(20, workers)
     take(inner, served)
     loader, _ = make(20, 4, inner=inner, episodes=2, **ACCEPT_ALL)
     loader.load_state_dict(inner.state_dict())
     (warning,) = caplog.messages
     assert f"written without DEPO: its episode goes on after {served} prompts" in warning
-    assert episode(loader) == stream(20, 0, 20 - served)
+    assert episode(loader) == stream(20, 0, (20 - served) // 4 * 4)
     assert len(episode(loader)) == 20
 
 
