@@ -9,9 +9,9 @@ if [ $# = 3 ] && [ "$3" = --cpu ]; then cpu=1; elif [ $# = 2 ]; then cpu=0; else
     exit 2
 fi
 mkdir -p "$1"
-sums=$(cd "$1" && pwd)
+sums=$(CDPATH='' cd "$1" && pwd)
 patches=$(dirname "$sums")
-pristine=$(cd "$2" && pwd)
+pristine=$(CDPATH='' cd "$2" && pwd)
 [ -d "$pristine/openrlhf" ] || { echo "error: $pristine holds no openrlhf/" >&2; exit 1; }
 made=$(mktemp -d)
 trap 'rm -rf "$made"' EXIT

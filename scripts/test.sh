@@ -25,7 +25,7 @@ cd "$root"
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
 # Ray cannot start workers if the path has a space, so cpu_ray makes a link to .venv then.
-python=$(cd scripts/quickstart && "$venv/bin/python" -c 'import cpu_ray; print(cpu_ray.PYTHON)')
+python=$(CDPATH='' cd scripts/quickstart && "$venv/bin/python" -c 'import cpu_ray; print(cpu_ray.PYTHON)')
 if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; fi
 say "Unit tests (one minute)"
 "$python" -m pytest tests/unit -m "not wheel and not slow" -n auto --maxprocesses 4 --dist worksteal

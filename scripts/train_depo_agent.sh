@@ -11,7 +11,7 @@
 # policy learns from `rewards`, DEPO's estimator from `scores`. An agent of your own should return both, too.
 set -euo pipefail
 
-SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+SCRIPTS=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-Qwen/Qwen3-4B-Base}
 DATASET=${DATASET:-OpenRLHF/dapo-math-17k} # columns `prompt` (text or chat) and `label` (the answer)

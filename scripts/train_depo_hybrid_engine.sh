@@ -10,7 +10,7 @@
 # add `--algo.dynamic_filtering_enable --algo.dynamic_filtering_range 0 1`.
 set -euo pipefail
 
-SCRIPTS=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+SCRIPTS=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MODEL=${MODEL:-Qwen/Qwen3-4B-Base}
 DATASET=${DATASET:-OpenRLHF/dapo-math-17k} # columns `prompt` (text or chat) and `label` (the answer)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             if not files.steps and not len(files.groups):
                 raise NoRunError(f"{folder}: metrics.jsonl and groups.jsonl have no step yet.")
             runs.append(Numbers(files, name))
-    except NoRunError as error:
+    except (NoRunError, OSError) as error:
         print(f"depo report: {error}", file=sys.stderr)
         return 1
     out = args.out or (folders[0] / "report" if len(runs) == 1 else Path("depo-report"))

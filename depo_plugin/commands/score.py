@@ -56,18 +56,28 @@ def run(args: argparse.Namespace) -> int:
     except (OSError, ValueError, CheckpointError, EncoderError) as error:
         print(f"depo score: {error}", file=sys.stderr)
         return 1
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        counts = _write(estimator, asked, args.out)
+    except (OSError, RuntimeError) as error:  # of the folder, the disk or the encoder
+        print(f"depo score: {error}", file=sys.stderr)
+        return 1
+    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    print(f"{args.out}: {len(asked)} prompts, {told}")
+    return 0
+
+
+def _write(estimator, asked: list[tuple[str, str]], path: Path) -> dict[str, int]:
+    """Write the output; return how often each verdict was given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     counts = {"never solved": 0, "always solved": 0}
     # Half a surrogate pair is no UTF-8: it is written as JSON's escape for it.
-    with args.out.open("w", encoding="utf-8", errors="backslashreplace") as out:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as out:
         for start in range(0, len(asked), BATCH):
             for row in _scored(estimator, asked[start : start + BATCH]):
                 if "verdict" in row:
                     counts[row["verdict"]] += 1
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    print(f"{args.out}: {len(asked)} prompts, {told}")
-    return 0
+    return counts
 
 
 def _asked(path: Path) -> Iterator[tuple[str, str]]:

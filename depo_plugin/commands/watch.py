@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         return _once(args, Console()) if args.once else _follow(args, Console())
     except KeyboardInterrupt:
         return 0
-    except NoRunError as error:
+    except (NoRunError, OSError) as error:
         print(f"depo watch: {error}", file=sys.stderr)
         return 1
 

@@ -68,6 +68,16 @@ class Lines:
         self.path = path
         self.bad = 0  # lines that are no JSON object with a step
         self._offset = 0
+        self._inode: int | None = None
+
+    def replaced(self) -> bool:
+        """Return whether the file that was read is gone: removed, or another or a shorter one is in its place."""
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return self._offset > 0
+        known, self._inode = self._inode, found.st_ino
+        return known not in (None, found.st_ino) or found.st_size < self._offset
 
     def new(self) -> Iterator[dict[str, Any]]:
         """Yield the objects of the lines that were written since the last call."""
@@ -158,11 +168,14 @@ class RunFiles:
     def __init__(self, folder: Path):
         """Take the folder that find() returned. Nothing is read before update()."""
         self.folder = folder
+        self._forget()
+
+    def _forget(self) -> None:
         self.steps: list[int] = []
         self.rows: list[dict[str, float]] = []
         self.groups = Groups()
         self.settings: dict[str, Any] = {}
-        self._metrics, self._groups = Lines(folder / METRICS), Lines(folder / GROUPS)
+        self._metrics, self._groups = Lines(self.folder / METRICS), Lines(self.folder / GROUPS)
 
     @property
     def bad_lines(self) -> int:
@@ -170,7 +183,9 @@ class RunFiles:
         return self._metrics.bad + self._groups.bad
 
     def update(self) -> bool:
-        """Read what is new. Return whether there are new steps."""
+        """Read what is new. Return whether there are new steps. A run that was started anew is read from its start."""
+        if self._metrics.replaced() or self._groups.replaced():
+            self._forget()
         new = False
         for row in self._metrics.new():
             step = row.pop("step")

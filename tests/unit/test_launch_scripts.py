@@ -318,3 +318,17 @@ def test_math_agent_in_openrlhfs_own_loop_of_turns(patched_copy):
     assert [one["actions"] for one in found.values()] == list(talks.values())
     assert "<|im_start|>user" in found["never right"]["feedback"]
     assert found["right at once"]["feedback"] == ""
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)
+def test_a_cdpath_of_the_user_leads_nowhere_else(path):
+    """With CDPATH set, cd prints the folder that it went to, which may be another one of that name."""
+    inside = [line for line in path.read_text().splitlines() if "$(" in line and "cd " in line.split("#")[0]]
+    assert [line for line in inside if "CDPATH='' cd " not in line] == []
+
+
+def test_setup_finds_its_folder_whatever_the_users_cdpath():
+    script = 'source scripts/setup_cpu.sh; printf "%s" "$root"'
+    env = os.environ | {"CDPATH": "."}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == str(ROOT)

@@ -98,6 +98,23 @@ def test_half_a_line_waits_and_a_broken_line_is_counted(tmp_path):
     assert "3 lines of the files could not be read and are left out." in said(Numbers(files, "run"), warning=True)
 
 
+@pytest.mark.parametrize("kind", ["shorter", "longer", "removed"])
+def test_a_run_that_is_started_anew_in_the_same_folder_is_read_from_its_start(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 101)))
+    files = RunFiles(tmp_path)
+    assert files.update()
+    path.replace(tmp_path / "the old one")
+    if kind == "removed":
+        assert not files.update()
+        assert files.steps == []
+    count = 200 if kind == "longer" else 50
+    path.write_text("".join(f'{{"step": {step}, "depo/kept": 1}}\n' for step in range(1, count + 1)))
+    assert files.update()
+    assert files.steps == list(range(1, count + 1))
+    assert files.rows == [{"depo/kept": 1}] * count
+
+
 def test_odd_values_in_the_files_do_no_harm(tmp_path):
     odd = group(1, ["list"], 0.5) | {"q": 0, "p": "x", "reason": ["?"], "source": None, "tokens": None, "signal": 1}
     run = numbers(tmp_path, [{"step": 1, "kept": None, "scanned": "many"}], [odd, group(1, "k", 1.0)])

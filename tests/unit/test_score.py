@@ -169,3 +169,5 @@ def test_files_that_cannot_be_used_are_said(scored, tmp_path, capsys):
     assert "wrong.jsonl, line 1: no field 'prompt'" in capsys.readouterr().err
     assert cli.main([*argv[:5], "--depo.estimator.model", argv[6], "--depo.estimator.depth", "0.5"]) == 1
     assert "belongs to another estimator" in capsys.readouterr().err
+    assert cli.main([*argv[:4], str(wrong / "below"), *argv[5:]]) == 1  # a folder that is a file
+    assert capsys.readouterr().err.splitlines()[-1].startswith("depo score: [Errno ")
