@@ -17,7 +17,7 @@ MODEL=${MODEL:-Qwen/Qwen3-4B-Base}
 DATASET=${DATASET:-OpenRLHF/dapo-math-17k} # columns `prompt` (text or chat) and `label` (the answer)
 EVAL_DATASET=${EVAL_DATASET:-OpenRLHF/aime-2024}
 AGENT=${AGENT:-$SCRIPTS/math_agent.py} # a file with AgentExecutor; this one writes Qwen's chat format
-DEPO_CONFIG=${DEPO_CONFIG:-depo}       # a YAML file, or a shipped preset: depo, depo_paper
+DEPO_CONFIG=${DEPO_CONFIG:-depo}       # a YAML file, or a preset: depo, depo_wide, depo_paper
 OUT=${OUT:-$PWD/runs/depo-agent}
 GPUS=${GPUS:-8}
 

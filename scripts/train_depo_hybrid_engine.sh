@@ -16,7 +16,7 @@ MODEL=${MODEL:-Qwen/Qwen3-4B-Base}
 DATASET=${DATASET:-OpenRLHF/dapo-math-17k} # columns `prompt` (text or chat) and `label` (the answer)
 EVAL_DATASET=${EVAL_DATASET:-OpenRLHF/aime-2024}
 REWARD=${REWARD:-$SCRIPTS/math_reward.py} # a file with reward_func, or the URL of a server
-DEPO_CONFIG=${DEPO_CONFIG:-depo}          # a YAML file, or a shipped preset: depo, depo_paper
+DEPO_CONFIG=${DEPO_CONFIG:-depo}          # a YAML file, or a preset: depo, depo_wide, depo_paper
 OUT=${OUT:-$PWD/runs/depo-math}
 GPUS=${GPUS:-8}
 
