@@ -111,7 +111,7 @@ class EstimatorConfig:
     )
     model: str | None = setting(None, "encoder, path or hub name (none: the bundled all-MiniLM-L6-v2)", or_none(TEXT))
     depth: float = setting(0.67, "share of the encoder's layers that is used; its last layers are dropped", SHARE)
-    max_length: int = setting(512, "tokens of a prompt that are read, counted from its end", integer(8))
+    max_length: int = setting(256, "tokens of a prompt that are read, counted from its end", integer(8))
     lr: float = setting(5e-4, "learning rate of the heads", POSITIVE)
     encoder_lr_ratio: float = setting(0.2, "the encoder's learning rate, as a multiple of lr", NOT_NEGATIVE)
     w_distill: float = setting(0.5, "weight of the distillation loss", NOT_NEGATIVE)

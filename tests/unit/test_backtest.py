@@ -300,6 +300,7 @@ def test_two_logs_of_one_name_have_two_pictures_and_figures_that_are_json(tmp_pa
     assert "--only rnning mean: must be of depo, " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_embeddings_are_kept_in_the_folder_that_is_named(tmp_path):
     """Later runs find them there, instead of a temporary folder of their own."""
     encoder, cache = tiny_encoder.write(tmp_path / "encoder"), tmp_path / "embeddings"
