@@ -55,6 +55,7 @@ def predict(belief, keys, now=0, s=None, text=None):
     return belief.predict(*texts(belief, keys, s, text), now)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"kappa": "0.05"}, {}])
 def test_the_surest_scores_of_a_pool_of_all_or_nothing_keep_it_finite(settings):
     """Prompts that are all right or all wrong whatever their text, from which the widest spread is fitted."""
@@ -407,6 +408,7 @@ def test_beliefs_hold_while_the_models_scores_move():
     assert errors[-1] < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.5, 3.0])
 def test_the_weights_variance_is_fitted(size):
     """Texts of 24 features whose weights have this standard deviation: a candidate near its square is likeliest."""
@@ -452,6 +454,7 @@ def exact_ability(s, groups, spread):
     return mean, weights @ (thetas - mean) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "groups", [[(6, 8)], [(8, 8), (7, 8), (2.5, 4)], [(1, 8)] * 6, [(5, 8), (3, 8)] * 12], ids=["1", "3", "6", "24"]
 )

@@ -122,7 +122,7 @@ def test_every_flag_is_read():
         "estimator.mode": ("finetune", "finetune"),
         "estimator.model": ("2024", "2024"),
         "estimator.depth": ("0.5", 0.5),
-        "estimator.max_length": ("256", 256),
+        "estimator.max_length": ("128", 128),
         "estimator.lr": ("1e-5", 1e-5),
         "estimator.encoder_lr_ratio": ("0", 0.0),
         "estimator.w_distill": ("0", 0.0),

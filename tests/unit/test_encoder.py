@@ -210,6 +210,7 @@ def kinds(tmp_path_factory, folder):
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNLIMITED)
 def test_each_kind_embeds_prompts_of_any_length(kind, kinds):
     encoder_module.check_encoder(str(kinds[kind]), 0.67, 512)

@@ -191,6 +191,7 @@ def test_an_empty_dataset_is_refused_by_openrlhfs_own_loader():
         StatefulDataLoader(Prompts(0), batch_size=1, shuffle=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["Let x be 3x + 7 = 22, and y its square. ", "1+1=", " ", "a"])
 def test_of_a_prompt_of_10_mb_only_the_end_is_read(text, tmp_path):
     """The same score as the end alone gets; 10 MB through the tokenizer take up to a minute and five gigabytes."""

@@ -56,6 +56,7 @@ def decided(a, b, cfg, uniform, group_size=8):
 evidence = st.one_of(st.floats(1e-6, 1e6), st.floats(0.01, 50), st.just(0.0))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(a=evidence, b=evidence.filter(lambda x: x > 0), group_size=st.integers(2, 128))
 def test_signal_probability_equals_the_exact_product(a, b, group_size):
@@ -155,6 +156,7 @@ def test_without_epsilon_nothing_is_explored():
     assert [d.keep for d in decided(*beliefs(0.1), FilterConfig(epsilon=0.0), np.zeros(1))] == [False]
 
 
+@pytest.mark.slow
 def test_a_share_of_draws_equal_to_q_is_kept():
     q, n = np.repeat([0.2, 0.7], 20_000), 20_000
     kept = np.array([d.keep for d in decide(q, 0.02, np.random.default_rng(0).random(2 * n))])

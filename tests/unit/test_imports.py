@@ -10,6 +10,8 @@ import pytest
 
 from depo_plugin.commands.cli import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "ray", "vllm", "deepspeed", "transformers", "openrlhf"}
 # Module -> what it may not even use of our own declared dependencies.

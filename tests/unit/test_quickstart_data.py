@@ -200,6 +200,7 @@ def test_tiny_answers_easy_levels_and_not_the_hopeless_ones(tiny):
     assert all(rate[level.name] < 0.05 for level in tasks.HOPELESS), rate
 
 
+@pytest.mark.slow
 def test_tiny_knows_more_than_it_says(tiny):
     """Greedy answers on the middle levels beat sampled ones: the room that reinforcement learning uses."""
     model, tokenizer = tiny

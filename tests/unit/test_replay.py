@@ -297,6 +297,7 @@ def test_the_walk_on_the_grid_has_the_walks_variance(size):
     assert middle @ learners.GRID**2 == pytest.approx(size**2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_ideal_knows_the_walk_but_not_its_path(monkeypatch):
     pool = make_pool(size=400, batch=400, walk=0.3)
     knows = learners.Ideal(policy := world.Policy(pool, 8, 0))

@@ -54,6 +54,7 @@ def scored(encoder, tmp_path_factory):
 ODD = "half a pair \ud800, a line\u2028separator"  # the first is no UTF-8, the second ends a line for str.splitlines()
 
 
+@pytest.mark.slow
 def test_any_text_goes_out_and_in_again(scored, encoder, tmp_path):
     _, _, argv = scored
     asked, out = tmp_path / "asked.jsonl", tmp_path / "out.jsonl"
@@ -63,6 +64,7 @@ def test_any_text_goes_out_and_in_again(scored, encoder, tmp_path):
     made(encoder, **{"history.prior": str(out)})
 
 
+@pytest.mark.slow
 def test_what_the_run_believes_is_written_beside_each_prompt(scored):
     estimator, out, _ = scored
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -79,6 +81,7 @@ def test_what_the_run_believes_is_written_beside_each_prompt(scored):
         assert [row.get("verdict") == verdict for row in rows] == [*expected.tolist(), False]
 
 
+@pytest.mark.slow
 def test_groups_of_a_run_are_prompts_too(scored, tmp_path, capsys):
     _, _, argv = scored
     groups = tmp_path / "groups.jsonl"
@@ -88,6 +91,7 @@ def test_groups_of_a_run_are_prompts_too(scored, tmp_path, capsys):
     assert "1 prompts, 1 never solved, 0 always solved" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_another_runs_scores_predicts_better_from_the_first_step(scored, encoder):
     _, out, _ = scored
     cold, warm = made(encoder), made(encoder, **{"history.prior": str(out)})
@@ -106,6 +110,7 @@ def test_a_run_that_starts_from_another_runs_scores_predicts_better_from_the_fir
     assert warm.updates == 4
 
 
+@pytest.mark.slow
 def test_the_weight_of_the_prior_is_how_much_it_counts(scored, encoder):
     _, out, _ = scored
     n = [
@@ -119,6 +124,7 @@ def test_the_weight_of_the_prior_is_how_much_it_counts(scored, encoder):
     assert np.median(n[1]) > 2 * np.median(n[0])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_prior_goes_on_without_reading_it_again(scored, encoder, tmp_path):
     _, out, _ = scored
     warm = made(encoder, **{"history.prior": str(out)})
@@ -156,6 +162,7 @@ def test_a_prior_says_eight_responses_if_it_does_not_say(tmp_path):
     assert prior.read(str(path)) == [prior.KnownRate("a", "3", 0.5, 8.0)]
 
 
+@pytest.mark.slow
 def test_files_that_cannot_be_used_are_said(scored, tmp_path, capsys):
     _, _, argv = scored
     assert (

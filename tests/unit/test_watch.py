@@ -97,6 +97,7 @@ def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
     assert "pip install 'openrlhf-depo[report]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_is_waited_for_and_followed_until_ctrl_c(tmp_path):
     """In a pipe: one line while it waits, a view for each new step, status 0 and no traceback at the end."""
     out = tmp_path / "out"
