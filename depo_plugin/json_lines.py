@@ -30,10 +30,12 @@ def read(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not isinstance(row, dict):
                     raise LineError(f"{path}, line {number}: not an object but {line.strip()[:80]}.")
                 yield number, row
-        except json.JSONDecodeError as error:
-            raise LineError(f"{path}, line {number}: not JSON ({error}). Correct or remove it.") from None
+        except LineError:
+            raise
         except UnicodeDecodeError as error:
             raise LineError(f"{path}, after line {number}: not UTF-8 ({error}). Save it as UTF-8.") from None
+        except (ValueError, RecursionError) as error:  # also of a number too long, or brackets too deep
+            raise LineError(f"{path}, line {number}: not JSON ({error}). Correct or remove it.") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise LineError(f"{path}, after line {number}: not a whole .gz file ({error}). Make it again.") from None
 

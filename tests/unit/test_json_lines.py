@@ -32,12 +32,14 @@ def test_what_depo_score_writes_of_odd_texts_is_read_as_a_prior(tmp_path):
     ("name", "data", "said"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "line 2: not JSON"),
+        ("a.jsonl", b'{}\n{"a": ' + b"[" * 100_000 + b"\n", "line 2: not JSON"),
+        ("a.jsonl", b'{}\n{"a": ' + b"9" * 5000 + b"}\n", "line 2: not JSON"),
         ("a.jsonl", b"{}\n[1]\n", r"line 2: not an object but \[1\]"),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "after line .: not UTF-8"),
         ("a.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], r"not a whole \.gz file"),
         ("a.gz", b'{"a": 1}\n', r"not a whole \.gz file"),
     ],
-    ids=["half a line", "a list", "Latin-1", "half a file", "no gzip"],
+    ids=["half a line", "too deep", "too long", "a list", "Latin-1", "half a file", "no gzip"],
 )
 def test_the_error_names_the_file_and_the_line(tmp_path, name, data, said):
     path = tmp_path / name
