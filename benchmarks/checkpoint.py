@@ -42,7 +42,8 @@ def fill(host, count: int) -> float:
 
 def measure(mode: str, root: Path) -> list[dict]:
     """Return one row of figures for each number of prompts."""
-    args = SimpleNamespace(train=SimpleNamespace(seed=0))
+    algo = SimpleNamespace(dynamic_filtering_enable=False)
+    args = SimpleNamespace(train=SimpleNamespace(seed=0), algo=algo)
     args.depo = config.to_namespace(config.load_config(None, {"estimator.mode": mode, "estimator.dtype": "fp32"}))
     actor = remote_actor.create(args, GROUP, str(root))
     handle = remote_handle.connect(600.0)

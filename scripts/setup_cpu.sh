@@ -1,6 +1,6 @@
 # Sourced by quickstart_cpu.sh and test.sh: makes .venv with the CPU stack and a patched copy of OpenRLHF.
 # What is already there and up to date is left alone. Sets: root, venv, patched. Reads: torch_index (may be empty).
-root=$(CDPATH='' cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)  # no symbolic link: the install stamp holds this path
+root=$(CDPATH='' cd -P "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)  # no symbolic link: the stamp holds it
 venv=$root/.venv
 patched=$venv/openrlhf-patched
 

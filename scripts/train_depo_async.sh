@@ -2,7 +2,8 @@
 # DEPO in asynchronous training with partial rollouts: one node of 8 GPUs with 80 GB. 4 of them train while the other
 # 4 generate. When new weights arrive, vLLM pauses, takes them, and goes on with the responses that it has begun.
 #   bash scripts/train_depo_async.sh [more flags, which override those below]
-# First: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`. If a Ray head runs here, the launch joins it.
+# First: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`.
+# If a Ray head runs here, the launch joins it.
 #
 # WE HAVE NOT RUN THIS ON GPUS. Tests put these flags through the parser and checks of every OpenRLHF that DEPO
 # supports, no more. The recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.

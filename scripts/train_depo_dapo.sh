@@ -2,7 +2,8 @@
 # DEPO with DAPO's loss and without its dynamic sampling (the paper's best row): clip-higher 0.2 and 0.28, the mean
 # over tokens, no KL term, and a penalty for responses that are too long. One node of 8 GPUs with 80 GB, hybrid engine.
 #   bash scripts/train_depo_dapo.sh [more flags, which override those below]
-# First: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`. If a Ray head runs here, the launch joins it.
+# First: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`.
+# If a Ray head runs here, the launch joins it.
 #
 # WE HAVE NOT RUN THIS ON GPUS. Tests put these flags through the parser and checks of every OpenRLHF that DEPO
 # supports, no more. The recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # GRPO with DEPO on math problems: one node of 8 GPUs with 80 GB; policy and vLLM share each GPU (hybrid engine).
 #   bash scripts/train_depo_hybrid_engine.sh [more flags, which override those below]
-# First: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`. If a Ray head runs here, the launch joins it.
+# First: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`.
+# If a Ray head runs here, the launch joins it.
 #
 # WE HAVE NOT RUN THIS ON GPUS. Tests put these flags through the parser and checks of every OpenRLHF that DEPO
 # supports, no more. The recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.

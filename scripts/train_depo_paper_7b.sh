@@ -2,7 +2,8 @@
 # The setting of the DEPO paper (arXiv 2602.06375): Qwen2.5-7B, 128 prompts x 8 responses, 100 steps of warm-up, and
 # the estimator of the preset depo_paper. One node of 8 GPUs with 80 GB, hybrid engine.
 #   bash scripts/train_depo_paper_7b.sh [more flags, which override those below]
-# First: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`. If a Ray head runs here, the launch joins it.
+# First: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`.
+# If a Ray head runs here, the launch joins it.
 #
 # WE HAVE NOT RUN THIS ON GPUS. Tests put these flags through the parser and checks of every OpenRLHF that DEPO
 # supports, no more. The recipe follows OpenRLHF's examples; batch sizes and memory shares may need tuning.

@@ -9,8 +9,8 @@
 # GRPO with DEPO on several nodes in one Slurm job: nodes of 8 GPUs with 80 GB, hybrid engine. Run this in the
 # repository's folder, on a file system that all nodes share:
 #   sbatch [--nodes=N --partition=...] scripts/train_depo_slurm.sh [more flags, which override those below]
-# First, in the environment or image of the nodes: install openrlhf-depo (README.md, "Add it to your launch"), then `depo patch`. If it is
-# read-only: `depo patch --target DIR`, and export PYTHONPATH=DIR before sbatch (docs/clusters.md).
+# First, in the environment or image of the nodes: install openrlhf-depo (README.md, "Add it to your launch"), then
+# `depo patch`. If it is read-only: `depo patch --target DIR`, and export PYTHONPATH=DIR before sbatch (docs/clusters.md).
 #
 # WE HAVE NOT RUN THIS ON GPUS OR UNDER SLURM. Tests put these flags through the parser and checks of every OpenRLHF
 # that DEPO supports, and run this script with stand-ins for srun and ray that write down how they are called.

@@ -96,12 +96,11 @@ def report(args: argparse.Namespace, name: str) -> int:
         title = f"{name}, {count} prompts a step, {size.rollouts:,} rollouts"
         print(f"\n{title}\n\n" + "\n".join(compare.table(rows, groups, labels)))
         figures.draw(rows, groups, labels, title, args.results / f"{name}-{count}")
-        for method in RECOMMENDED if "grpo" in rows else ():
-            if method not in rows:
-                continue
-            print(f"\nGoals of {labels[method]}:")
-            for met, line in compare.goals(rows, groups, method):
-                print(f"  {'met   ' if met else 'MISSED'}  {line}")
+        for method in RECOMMENDED:
+            if {method, "grpo"} <= rows.keys():
+                print(f"\nGoals of {labels[method]}:")
+                for met, line in compare.goals(rows, groups, method):
+                    print(f"  {'met   ' if met else 'MISSED'}  {line}")
     print(f"\npictures and rows: {args.results}")
     return 0
 

@@ -65,7 +65,7 @@ def _steps(path: Path, rows: list[tuple[int, dict]]) -> list[list[Group]]:
     with_text = ((row["key"], row) for _, row in rows if "key" in row and "prompt" in row)
     texts = {str(key): (str(row["prompt"]), str(row.get("label", ""))) for key, row in with_text}
     steps: dict[int, dict[Any, Group]] = defaultdict(dict)
-    missing = 0
+    missing, newest = 0, -1
     for number, row in rows:
         key = None if row.get("key") is None else str(row["key"])
         with fields(path, number):
@@ -75,8 +75,9 @@ def _steps(path: Path, rows: list[tuple[int, dict]]) -> list[list[Group]]:
             if not (n >= 1 and 0 <= k <= n):
                 raise ValueError(f"k {k:g} of n {n}: k must be from 0 to n, and n at least 1")
             text = texts.get(key) if key is not None else (str(row["prompt"]), str(row.get("label", "")))
-        if key is not None and step in steps and step != next(reversed(steps)):
+        if key is not None and step < newest:
             steps = defaultdict(dict, {at: groups for at, groups in steps.items() if at < step})
+        newest = step
         if text is None:
             missing += 1
         else:
@@ -117,8 +118,8 @@ def _pool(path: Path, rows: Iterable[tuple[int, dict]], group_size: int, passes:
     for number, row in rows:
         with fields(path, number):
             prompt, rate = str(row["prompt"]), float(row["pass_rate"])
-        if not 0 <= rate <= 1:
-            raise LineError(f"{path}, line {number}: pass_rate {rate:g} must be from 0 to 1.")
+            if not 0 <= rate <= 1:
+                raise ValueError(f"pass_rate {rate:g} must be from 0 to 1")
         pool.append((prompt, str(row.get("label", "")), str(row.get("source", "")), rate))
     rng = np.random.default_rng(seed)
     order = [pool[i] for _ in range(passes) for i in rng.permutation(len(pool))]

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"--{low[0].replace('_', '-')} {getattr(args, low[0])}: too small.", file=sys.stderr)
         return 2
     from depo_plugin.backtest.logs import read
+    from depo_plugin.estimator.encoder import EncoderError
+    from depo_plugin.estimator.text_model import EstimatorError
 
     options = {"group_size": args.group_size, "batch": args.batch, "passes": args.passes, "seed": args.seed}
     written = {}
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     except UnknownName as error:
         print(f"--only {error}", file=sys.stderr)
         return 2
-    except (LineError, OSError, RuntimeError) as error:  # of a log, the encoder, or the folder for the picture
+    except (LineError, OSError, EncoderError, EstimatorError) as error:
         print(f"depo backtest: {error}", file=sys.stderr)
         return 1
     return 0

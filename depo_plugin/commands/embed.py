@@ -1,4 +1,4 @@
-"""Embed a launch's prompts ahead of the run, so that no step waits for the encoder.
+"""Embed a launch's prompts ahead of the run, so that the filter works from the first pass on.
 
   depo embed -- python3 -m openrlhf.cli.train_ppo_ray ... --advantage_estimator depo
 
@@ -39,17 +39,28 @@ def run(args: argparse.Namespace) -> int:
     if launch.depo.estimator.mode != "frozen":
         print("depo embed: --depo.estimator.mode finetune keeps no embeddings: nothing to do.")
         return 0
-    data = checks.guarded("data", lambda: checks.check_data(launch, [], []))
+    prompts: list[str] = []
+
+    def read() -> checks.Check:
+        found = checks.check_data(launch, [], [])
+        if found.status != checks.FAIL:
+            prompts.extend(checks.prompt_dataset(launch, checks.rows_of(launch)).prompts)
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                return checks.Check("data", checks.FAIL, "a prompt is not text", "remove it, or mend its row")
+        return found
+
+    data = checks.guarded("data", read)
     if data.status == checks.FAIL:
         print(f"depo embed: {data.said}. To mend it: {data.fix}", file=sys.stderr)
         return 1
-    prompts = checks.prompt_dataset(launch, checks.rows_of(launch)).prompts
     from depo_plugin.estimator.embedding_cache import folder_of
+    from depo_plugin.estimator.encoder import EncoderError
+    from depo_plugin.estimator.text_model import EstimatorError
 
     folder = folder_of(launch.depo.estimator.cache_dir, Path(launch.ckpt.path))
     try:
         lasting = fill(launch, prompts, folder)
-    except RuntimeError as error:  # of the encoder
+    except (EncoderError, EstimatorError) as error:
         print(f"depo embed: {error}", file=sys.stderr)
         return 1
     if not lasting:

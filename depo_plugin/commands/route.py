@@ -99,7 +99,7 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: must be from 0 to 65535.")
     if not 0 < args.timeout < float("inf"):
-        raise ValueError(f"--timeout {args.timeout:g}: must be above 0.")
+        raise ValueError(f"--timeout {args.timeout:g}: must be a finite number above 0.")
 
 
 def _is_address(text: str) -> bool:

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from depo_plugin.estimator.checkpoint import CheckpointError
     from depo_plugin.estimator.encoder import EncoderError
     from depo_plugin.estimator.estimator import DifficultyEstimator
+    from depo_plugin.estimator.text_model import EstimatorError
 
     try:
         asked = list(_asked(args.prompts))
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     try:
         counts = _write(estimator, asked, args.out)
-    except (OSError, RuntimeError) as error:  # of the folder, the disk or the encoder
+    except (OSError, EstimatorError) as error:
         print(f"depo score: {error}", file=sys.stderr)
         return 1
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

@@ -56,12 +56,13 @@ class EmbeddingCache:
         self._path = None if folder is None else folder / FILE
         self._width = width
         self._failing: set[str] = set()  # of "read" and "written", what fails and was warned of
+        self._lost = False  # whether a row was not stored, or was set aside with others
         self._db = self._open()
 
     @property
     def lasting(self) -> bool:
-        """Whether all rows are in the folder, so that later processes find them."""
-        return self._in_folder and not self._failing
+        """Whether all rows that were computed are in the folder, so that later processes find them."""
+        return self._in_folder and not self._lost
 
     def _open(self) -> sqlite3.Connection:
         self._in_folder = self._path is not None
@@ -129,8 +130,10 @@ class EmbeddingCache:
                 text = "DEPO: embeddings cannot be %s (%s: %s). They are computed again each time."
                 logger.warning(text, what, self._path, error)
             self._failing.add(what)
+            self._lost |= what == "written"
         except sqlite3.DatabaseError as error:
             self._set_aside(error)
+            self._lost = True
             self._db.close()
             self._db = self._open()
         else:

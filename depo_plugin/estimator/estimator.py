@@ -292,10 +292,10 @@ class DifficultyEstimator:
             )
         try:
             self.belief.load_state_dict(state["belief"])
-            self.text.load_state_dict(state["text"])
-            self.ledger.load_state_dict(state["ledger"])
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except ValueError as error:
             raise checkpoint.CheckpointError(f"the estimator checkpoint does not fit: {error}") from error
+        self.text.load_state_dict(state["text"])
+        self.ledger.load_state_dict(state["ledger"])
         self._trained = np.array(state["trained"], np.uint64)
         recent = ((Label(*label), ability) for *label, ability in state["recent"])
         self._recent = deque(recent, maxlen=self._cfg.estimator.replay)

@@ -32,5 +32,5 @@ def read(path: str) -> list[KnownRate]:
                 raise ValueError(f"pass_rate {rate:g} must be from 0 to 1, and n {n:g} above 0")
         found.append(KnownRate(prompt, label, rate, n))
     if not found:
-        raise json_lines.LineError(f"{path} has no line")
+        raise json_lines.LineError(f"{path}, no line")
     return found

@@ -58,7 +58,7 @@ class EstimatorActor:
         self.judged: list[Label] = []
         self.tally: Counter[str] = Counter()
         self.update_s = 0.0
-        self.pacer = Pacer(replaces=args.algo.dynamic_filtering_enable)
+        self.pacer = Pacer(replaces=args.algo.dynamic_filtering_enable and not args.depo.shadow)
         self.unread: list[str] = []  # prompts that were asked about and are not embedded yet
         self._estimator, self._failure, self._retry_at = None, "", 0.0
         self._written_at = time.monotonic()
@@ -124,11 +124,12 @@ class EstimatorActor:
             tag, state = newest
             made.load_state_dict(state)
             lost = f"has lost what it learned after checkpoint {tag}"
+        snapshot = None
         with contextlib.suppress(checkpoint.CheckpointError):
             snapshot = checkpoint.load(self.root / SNAPSHOT)
-            if snapshot["run"] == self.run and snapshot["state"]["updates"] > made.updates:
-                made.load_state_dict(snapshot["state"])
-                lost = f"has lost what it learned after its update {made.updates}"
+        if snapshot and snapshot["run"] == self.run and snapshot["state"]["updates"] > made.updates:
+            made.load_state_dict(snapshot["state"])
+            lost = f"has lost what it learned after its update {made.updates}"
         logger.warning("DEPO: the difficulty estimator was restarted and %s.", lost)
 
     def score(self, prompts: list[str], labels: list[str], waited_for: bool, sent: float) -> Scores:

@@ -17,6 +17,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 from anyio.abc import TaskGroup
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -172,7 +173,7 @@ class Router:
         try:
             if self._in_flight > IN_FLIGHT:
                 raise Refused(503, "overloaded", f"{IN_FLIGHT} requests are in progress: try again later")
-            request = await _parsed(await _whole(receive))
+            request = await _parsed(await _whole(receive, group.cancel_scope))
             group.start_soon(_cancel_if_gone, receive, group.cancel_scope)
             upstream = await self._chosen(request, told)
             answer = await upstream.send(scope["path"], headers, request)
@@ -240,14 +241,20 @@ class Router:
         )
 
 
-async def _whole(receive: Receive) -> bytearray:
-    """Return the request's body, or its beginning if it is longer than BODY_BYTES. Raises Refused."""
+async def _whole(receive: Receive, scope: anyio.CancelScope) -> bytearray:
+    """Return the request's body, or its beginning if it is longer than BODY_BYTES.
+
+    Raises Refused if nothing comes for SILENCE_S. Cancels the answer if the client goes away.
+    """
     body, more = bytearray(), True
     while more and len(body) <= BODY_BYTES:
         with anyio.move_on_after(SILENCE_S) as silence:
             message = await receive()
         if silence.cancelled_caught:
             raise Refused(408, "timeout", f"nothing came for {SILENCE_S:g} s, and the request is not whole")
+        if message["type"] == "http.disconnect":
+            scope.cancel()
+            await anyio.lowlevel.checkpoint()  # ends here
         body += message.get("body", b"")
         more = message.get("more_body", False)
     return body

@@ -17,6 +17,7 @@ class ByLaunch(LoadScopeScheduling):
         return "depo_run" if file.endswith(LONG_LAUNCH) else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Called by pytest-xdist."""
     return ByLaunch(config, log)

@@ -108,6 +108,7 @@ def arguments(folder: Path, encoder: str) -> SimpleNamespace:
         ckpt=SimpleNamespace(path=str(folder / "checkpoints"), output_dir=str(folder / "model"), save_steps=1),
         logger=SimpleNamespace(logging_steps=1),
         ds=SimpleNamespace(use_universal_ckpt=False),
+        algo=SimpleNamespace(dynamic_filtering_enable=False),
     )
     vars(args.ckpt).update(max_num=3, max_mem=float("inf"), load_enable=True)
     settings = {

@@ -323,6 +323,11 @@ def test_faults_of_a_file_that_is_missing_and_of_flags_come_together():
             "whitens the advantages afterwards. Turn it off, or use --depo.advantage.base group_norm.",
         ),
         (
+            {"advantage.importance_rescale": True, "advantage.base": "reinforce"},
+            "--depo.advantage.importance_rescale true: cannot go with --depo.advantage.base reinforce, which "
+            "whitens the advantages afterwards. Turn it off, or use --depo.advantage.base group_norm.",
+        ),
+        (
             {"advantage.clip": 2},
             "--depo.advantage.clip 2.0: bounds a weight that is off with --depo.advantage.importance_rescale false "
             "(default). Leave it at none, or add --depo.advantage.importance_rescale.",

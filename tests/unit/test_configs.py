@@ -14,8 +14,8 @@ FILES = sorted(CONFIGS.rglob("*.y*ml"))
 
 
 def test_all_files_are_looked_at():
-    assert {"depo.yaml", "depo_paper.yaml"} <= {path.name for path in FILES}
-    assert len(FILES) >= 2
+    assert {"depo.yaml", "depo_paper.yaml", "depo_wide.yaml"} <= {path.name for path in FILES}
+    assert len(FILES) >= 3
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -34,10 +34,14 @@ def test_each_file_sets_every_key_and_plain_yaml_reads_the_same(path):
     assert config.load_config(None, given) == config.load_config(str(path), {})
 
 
-def test_recommended_is_the_defaults_with_their_help():
-    text = (CONFIGS / "depo.yaml").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["depo", "depo_wide"])
+def test_each_setting_has_its_help_beside_it(name):
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
     body = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")).lstrip("\n")
-    assert body == config.to_yaml(config.DepoConfig())
+    assert body == config.to_yaml(config.load_config(name, {}))
+
+
+def test_recommended_is_the_defaults():
     assert config.load_config("depo", {}) == config.DepoConfig()
 
 

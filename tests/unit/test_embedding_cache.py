@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from depo_plugin.estimator import embedding_cache
 from depo_plugin.estimator.embedding_cache import EmbeddingCache
 
 WIDTH = 4
@@ -188,3 +189,19 @@ def test_a_damaged_file_is_set_aside_with_one_warning(tmp_path, encoder, caplog,
     assert warning.startswith(f"DEPO: {tmp_path / FILE} is damaged (")
     assert (tmp_path / f"{FILE}.damaged").read_bytes() == data
     assert assert_whole(tmp_path) == 1000
+
+
+def test_rows_that_were_not_stored_once_are_not_lasting(tmp_path, monkeypatch):
+    """Another process holds the lock for too long, and then lets go."""
+    monkeypatch.setattr(embedding_cache, "TIMEOUT_S", 0.1)
+    cache = EmbeddingCache(tmp_path, 2)
+    assert cache.lasting
+    other = sqlite3.connect(tmp_path / FILE)
+    other.execute("BEGIN IMMEDIATE")
+    rows = cache.get(np.array([1, 2], np.uint64), lambda missing: np.ones((len(missing), 2)))
+    assert (rows == 1).all()
+    other.close()
+    cache.get(np.array([3], np.uint64), lambda missing: np.ones((len(missing), 2)))
+    assert len(cache) == 1
+    assert not cache.lasting
+    assert not EmbeddingCache(None, 2).lasting

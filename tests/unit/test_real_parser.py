@@ -149,7 +149,8 @@ REFUSED = {
         "--depo.estimator.lr fast: must be a number above 0. The default is 0.0005.",
     ],
     "no file": [
-        "--depo.config nowhere.yaml: no such file. Give the path of a YAML file, or a preset: depo, depo_paper."
+        "--depo.config nowhere.yaml: no such file. Give the path of a YAML file, or a preset: depo, depo_paper, "
+        "depo_wide."
     ],
     "conflicts": [
         "--rollout.n_samples_per_prompt 1: must be at least 2,",

@@ -141,18 +141,29 @@ def test_a_cookie_goes_to_the_client_that_it_is_for_and_to_no_other(service):
     assert [headers.get("cookie") for headers in service.small.headers] == [None, "session=own", None]
 
 
+def half_sent(service):
+    """A connection on which a request has begun."""
+    client = socket.create_connection(("127.0.0.1", httpx.URL(service.url).port), timeout=30)
+    client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+    return client
+
+
 def test_a_request_that_never_becomes_whole_gives_its_place_back(service, monkeypatch):
     monkeypatch.setattr(proxy, "SILENCE_S", 0.3)
-
-    def half():
-        yield b'{"prompt": '
-        time.sleep(1)
-        yield b"0}"
-
-    answer = service.client.post("/v1/completions", content=half())
-    assert answer.status_code == 408
-    assert "nothing came for 0.3 s" in answer.json()["error"]["message"]
+    with half_sent(service) as client:
+        answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"nothing came for 0.3 s" in answer
     assert service.count("in_flight") == 0
+
+
+def test_a_client_that_goes_away_before_its_request_is_whole_is_counted_as_that(service):
+    half_sent(service).close()
+    end = time.monotonic() + 10
+    while not service.count("requests_total", status="499") and time.monotonic() < end:
+        time.sleep(0.02)
+    assert service.count("requests_total", status="499") == 1
+    assert service.count("broken_total", model="none") == 1
 
 
 def test_a_stream_is_passed_on_as_it_comes(service):
@@ -386,8 +397,8 @@ def test_calibrate_says_what_the_threshold_does_and_draws_it(saved, tmp_path, ca
         (["--small", "http://b:99999", "--large", "http://b", "--threshold", "0"], 2, "http://b:99999: must be"),
         (["--small", "http://b?x=1", "--large", "http://b", "--threshold", "0"], 2, "--small http://b?x=1: must be"),
         ([*SERVE, "--port", "99999"], 2, "--port 99999: must be from 0 to 65535"),
-        ([*SERVE, "--timeout", "0"], 2, "--timeout 0: must be above 0"),
-        ([*SERVE, "--timeout", "nan"], 2, "--timeout nan: must be above 0"),
+        ([*SERVE, "--timeout", "0"], 2, "--timeout 0: must be a finite number above 0"),
+        ([*SERVE, "--timeout", "nan"], 2, "--timeout nan: must be a finite number above 0"),
         (["--calibrate", "x.jsonl", "--share", "0.5"], 2, "--calibrate needs --out DIR"),
         (["--calibrate", "x.jsonl", "--out", "o"], 2, "either --share S or --accuracy A"),
         (["--calibrate", "x.jsonl", "--out", "o", "--share", "0.5", "--threshold", "0.1"], 2, "--threshold: with"),

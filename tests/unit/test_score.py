@@ -139,7 +139,7 @@ def test_a_checkpoint_with_a_prior_goes_on_without_reading_it_again(scored, enco
     ("text", "reason"),
     [
         (None, "[Errno 2] No such file"),
-        ("", "has no line"),
+        ("", "no line"),
         ("{", "line 1: not JSON"),
         ('{"prompt": "a", "pass_rate": 0.5}\n{"prompt": "b"}\n', "line 2: no field 'pass_rate'"),
         ('{"prompt": "a", "pass_rate": 1.5}\n', "line 1: pass_rate 1.5 must be from 0 to 1"),
