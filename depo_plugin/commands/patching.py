@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -111,6 +111,8 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)]
 
 
+_NO_SOURCE = re.compile(r"/(__pycache__|\.depo-patch-[^/]*)/")  # compiled files, and what a patch in progress writes
+
 # --- finding copies ---------------------------------------------------------------------------------------------
 
 # Runs in a new interpreter, because editable installs may hook the import system. `python -c` puts the current folder
@@ -133,7 +135,8 @@ def _probe(*, installed: bool) -> tuple[Path | None, list[Path]]:
     if result.returncode:
         raise PatchError(f"{sys.executable} cannot look for openrlhf:\n{result.stderr.strip()}")
     origin, places = json.loads(result.stdout.splitlines()[-1])
-    return (Path(origin).resolve().parent.parent if origin else None), [Path(place).resolve() for place in places]
+    # A link of the folder is followed, one of the file is not: it may lead into a package manager's cache.
+    return (Path(origin).parent.resolve().parent if origin else None), [Path(place).resolve() for place in places]
 
 
 def installed_root() -> Path:
@@ -161,7 +164,7 @@ def imported_root() -> tuple[Path | None, list[Path]]:
 def version_of(root: Path) -> str | None:
     """Return the version in a checkout's version.txt or an install's metadata, None if there is neither."""
     version = root / "version.txt"
-    if version.is_file() and _is_checkout(root):
+    if version.is_file() and any("openrlhf" in text for text in _build_files(root)):
         return version.read_text().strip()
     found = next(iter(metadata.distributions(name="openrlhf", path=[str(root)])), None)
     return found.version if found else None
@@ -251,8 +254,9 @@ def write_copy(base: Path, target: Path, wanted: set[str]) -> list[str]:
     """
     copy = inspect(base)
     package = target / "openrlhf"
-    paths = {path.relative_to(base).as_posix(): path for path in (base / "openrlhf").rglob("*") if path.is_file()}
-    source = {name: path.read_bytes() for name, path in paths.items() if "__pycache__" not in name}
+    found = (path for path in (base / "openrlhf").rglob("*") if path.is_file())
+    paths = {path.relative_to(base).as_posix(): path for path in found}
+    source = {name: path.read_bytes() for name, path in paths.items() if not _NO_SOURCE.search(name)}
     if package.resolve() == (base / "openrlhf").resolve():
         raise PatchError(f"--target {target} is the copy to be copied. Leave --target out to patch it in place.")
     if package.exists():
@@ -274,6 +278,8 @@ def write_copy(base: Path, target: Path, wanted: set[str]) -> list[str]:
                 (Path(made) / name).write_bytes(data)
             os.rename(Path(made) / "openrlhf", package)
     except OSError as err:
+        if package.exists():  # another process, perhaps on another node, was faster
+            return write_copy(base, target, wanted)
         raise PatchError(f"cannot write {package}: {err}\nName a folder you may write: --target DIR") from err
     return sorted(contents)
 
@@ -434,7 +440,8 @@ def _write_like(like: Path, path: Path, contents: bytes) -> None:
         os.fsync(file.fileno())
     shutil.copymode(like, path)
     if os.geteuid() == 0:
-        os.chown(path, like.stat().st_uid, like.stat().st_gid)
+        with suppress(OSError):  # in a container that does not know the owner
+            os.chown(path, like.stat().st_uid, like.stat().st_gid)
 
 
 def _state_of(wanted: set[str]) -> State:
@@ -450,7 +457,13 @@ def _sums_file(state: State) -> str:
 
 
 def _is_checkout(root: Path) -> bool:
-    return (root / "setup.py").is_file() or (root / "pyproject.toml").is_file()
+    return bool(_build_files(root))
+
+
+def _build_files(root: Path) -> list[str]:
+    """Return the texts of the files from which a checkout is built."""
+    paths = (root / "setup.py", root / "pyproject.toml")
+    return [path.read_text(encoding="utf-8", errors="replace") for path in paths if path.is_file()]
 
 
 def _newest() -> str:

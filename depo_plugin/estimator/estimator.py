@@ -197,9 +197,11 @@ class DifficultyEstimator:
             x_BE = self.text.embed([label.prompt for label in labels])  # one pass for the belief and the first step
         self.belief.update(keys, *self._read(x_BE), y_B * n_B, n_B, self.updates)
         groups = [(label, self.belief.ability) for label in labels]
-        self._losses = self._train(groups, x_BE)
-        self._recent.extend(groups)
-        self.updates += 1
+        try:
+            self._losses = self._train(groups, x_BE)
+        finally:  # the belief has learned from these groups: they count, also if an optimizer step fails
+            self._recent.extend(groups)
+            self.updates += 1
         return given - len(labels)
 
     def _train(self, groups: list[tuple[Label, float]], x_BE: torch.Tensor) -> dict[str, float]:

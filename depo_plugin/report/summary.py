@@ -15,6 +15,7 @@ CALIBRATED, POOR = 0.05, 0.10  # mean distance of prediction and outcome over bi
 FEW_GROUPS = 100  # to judge calibration
 MANY = {"forced": 0.10, "unscored": 0.05, "unmatched": 0.05, "labels_unsent": 0.05, "labels_dropped": 0.01}
 BLOCKED = 0.05  # of the time
+UNJUDGED = 0.05  # of the steps
 CLIPPED = 0.01  # of the responses
 HELPS = 1.05  # groups with a signal, with the filter / without it
 NAMED_SOURCES = 3  # in one sentence
@@ -178,6 +179,10 @@ def counts(run: Numbers, mask: np.ndarray) -> list[Sentence]:
         share = shares(run, name, mask)
         if share > MANY[name]:
             found.append(Sentence(f"{percent(share)} of the groups {text}.", True))
+    judged = np.isfinite(run.metric("effective_ratio")[mask])
+    if judged.any() and (without := np.mean(~judged)) > UNJUDGED:
+        text = f"In {percent(without)} of the steps the estimator judged no group: it was behind, or did not answer."
+        found.append(Sentence(text, True))
     responses = np.nansum(run.metric("num_samples", "rollout/")[mask])
     if responses and (clipped := run.total("clipped", mask) / responses) > CLIPPED:
         text = f"{percent(clipped)} of the scores are outside --depo.labels.reward_range and were clipped to it."
@@ -188,12 +193,20 @@ def counts(run: Numbers, mask: np.ndarray) -> list[Sentence]:
     return found
 
 
+def _part(part: float, whole: float) -> float:
+    return float(part / whole) if whole else np.nan
+
+
 def shares(run: Numbers, name: str, mask: np.ndarray | slice = slice(None)) -> float:
     """Return the share of groups that were forced, unscored, unmatched, unsent or dropped; NaN if unknown."""
     if name == "labels_dropped":  # a total; it begins again if a process does
         total = run.metric(name)
-        total = total[np.isfinite(total)]
-        return float(total.max() / np.nansum(run.signal.bottom)) if len(total) and run.signal.bottom.any() else np.nan
+        dropped = total[np.isfinite(total)].max(initial=0.0)
+        return _part(dropped, dropped + np.nansum(run.signal.bottom))
+    if name == "labels_unsent":  # in a step without a judgement all groups are unsent, and `kept` is unknown
+        unsent, kept = run.metric(name)[mask], run.metric("kept")[mask]
+        judged = np.nansum(kept) + np.nansum(run.metric("unmatched")[mask])
+        return _part(np.nansum(unsent), judged + np.nansum(unsent[np.isnan(kept)]))
     share = run.share(name, mask)
     reasons = {"forced": FORCED, "unscored": UNSCORED, "unmatched": UNKNOWN}
     chosen = run.in_steps(mask)

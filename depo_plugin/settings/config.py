@@ -201,7 +201,7 @@ def load_config(yaml_path: str | None, overrides: Mapping[str, Any]) -> DepoConf
             given.update({key: (value, source) for key, value in _leaves(_read(str(yaml_path)), source, faults)})
         except YamlError as err:
             faults.append(f"--depo.config {yaml_path}: {err}. Correct it there.")
-        except FileNotFoundError as err:
+        except OSError as err:
             faults.append(f"--depo.config {yaml_path}: {err}")
     faults += [_unknown_flag(f"--depo.{key}") for key in overrides if key not in SETTINGS]
     given.update({key: (value, "") for key, value in overrides.items()})

@@ -101,7 +101,9 @@ POSITIVE = number("a number above 0", lambda x: x > 0)
 NOT_NEGATIVE = number("a number of at least 0", lambda x: x >= 0)
 SWITCH = Kind("true or false", _read_switch, "true|false")
 TEXT = Kind("a path or a hub name", _read_text, "PATH")
-FILE = Kind("a path", lambda value: os.path.abspath(_read_text(value)), "FILE")  # absolute: workers run elsewhere
+FILE = Kind(
+    "a path", lambda value: os.path.abspath(os.path.expanduser(_read_text(value))), "FILE"
+)  # absolute: workers run elsewhere
 RANGE = Kind("two numbers LO HI, LO below HI", _read_range, ("LO", "HI"))
 DISCOUNT = Kind(
     "fit, or a number above 0, up to 1",

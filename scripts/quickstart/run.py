@@ -84,7 +84,11 @@ def prepare_data(args, prompts: int) -> Path:
     folder = args.out / "data"
     command = [sys.executable, HERE / "tasks.py", "--out", folder, "--train", prompts, "--eval", 64]
     command += ["--ladder", args.model, "--seed", args.seed]
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        sys.exit(
+            f"--steps {args.steps}: choose a multiple of {STEPS_PER_EPISODE}, so that episodes need fewer problems."
+        )
     return folder
 
 

@@ -378,6 +378,8 @@ def test_a_file_that_is_not_text_or_is_a_folder(tmp_path):
     (tmp_path / "raw.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read" in faults_of(str(tmp_path / "raw.yaml"), {})[0]
     assert "no such file" in faults_of(str(tmp_path), {})[0]
+    (long,) = faults_of("x" * 5000, {})
+    assert long.startswith("--depo.config xxx")
 
 
 @pytest.mark.parametrize("section", ["filter: 0.2", "filter: [low, high]", "filter: low"])
@@ -657,3 +659,9 @@ def test_command_refuses_abbreviations(capsys):
         cli.main(["config", "--depo.filter.lo", "0.2"])
     assert caught.value.code == 2
     assert "--depo.filter.lo" in capsys.readouterr().err
+
+
+def test_a_home_folder_is_expanded_as_no_shell_does_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = config.load_config(None, {"estimator.cache_dir": "~/embeddings"})
+    assert cfg.estimator.cache_dir == "/home/me/embeddings"

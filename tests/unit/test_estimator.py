@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -257,7 +258,7 @@ def test_nothing_that_is_not_finite_reaches_the_weights(either, fault):
     with pytest.raises((EstimatorError, RuntimeError), match=r"is nan|non-finite"):
         made.learn(groups(4))
     assert_same_state(weights(made), before)
-    assert made.updates == 0
+    assert made.updates == 1, "the belief has learned from them"
     assert not any(module.training for module in heads(made).modules()), "no dropout in the next score"
 
 
@@ -366,6 +367,16 @@ def test_a_state_of_another_estimator_is_refused_by_name(make, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=difference):
             make(**other).load_state_dict(state)
+
+
+def test_groups_count_also_if_an_optimizer_step_fails(make, monkeypatch):
+    """The belief has learned from them: the warm-up goes on, and evidence ages."""
+    made = make()
+    monkeypatch.setattr(made.text, "step", Mock(side_effect=RuntimeError("out of memory")))
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            made.learn([Label("1 + 1 =", "2", 0.5, 0.5, 4, True, None)])
+    assert made.updates == 3
 
 
 def test_a_belief_with_other_text_features_is_refused_with_the_reason(make):

@@ -290,6 +290,11 @@ def test_math_reward(patched_copy):
         ("Q", "Answer: 3\nAnswer: **4**", "4", 1.0),  # the last one counts
         ("Q", r"so \boxed{\frac{1}{2}}", "1/2", 1.0),
         ("Q", "Answer: $0.5$", r"\frac{1}{2}", 1.0),
+        *(("Q", f"Answer: 4{end}", "4", 1.0) for end in ("<|im_end|>", "<|endoftext|>\n", "</s>", "<eos><eos>")),
+        ("Q", "**Answer: 4**<|im_end|>", "4", 1.0),
+        ("Q", r"Answer: \boxed{4}<|im_end|>", "4", 1.0),
+        ("Q", r"Answer: \frac{1}{2}<\uff5cend\u2581of\u2581sentence\uff5c>", "1/2", 1.0),
+        ("Q", "Answer: 5<|im_end|>", "4", 0.0),
         ("Q", "Answer: 5", "4", 0.0),
         ("Q Answer: 4", "no idea", "4", 0.0),
     ]

@@ -93,7 +93,7 @@ def root(tmp_path, patches):
     """A pristine copy of the made-up release, a checkout in a folder with a space in its name."""
     root = tmp_path / "a checkout"
     write(root, PRISTINE | {"openrlhf/__init__.py": "", "openrlhf/c.py": "untouched\n", "version.txt": "9.9\n"})
-    write(root, {"setup.py": ""})
+    write(root, {"setup.py": "setup(name=\"openrlhf\")\n"})
     return root
 
 
@@ -339,6 +339,46 @@ def test_a_copy_has_what_was_asked_and_its_base_is_only_read(root, tmp_path, bas
     assert texts(target) == expected({"cpu"})
     patching.revert(target)
     assert texts(target) == PRISTINE
+
+
+def test_of_several_nodes_that_write_one_copy_the_later_ones_find_it(root, tmp_path, monkeypatch):
+    target, rename = tmp_path / "target", os.rename
+
+    def slower(old, new):
+        monkeypatch.setattr(os, "rename", rename)
+        patching.write_copy(root, target, {"depo"})  # the other node
+        rename(old, new)  # [Errno 39] Directory not empty
+
+    monkeypatch.setattr(os, "rename", slower)
+    assert patching.write_copy(root, target, {"depo"}) == []
+    assert texts(target) == expected({"depo"})
+    assert sorted(path.name for path in target.iterdir()) == ["openrlhf"]
+
+
+def test_a_copy_leaves_out_what_a_patch_of_its_base_is_writing(root, tmp_path):
+    """Or what a patch that was killed has left there."""
+    write(root, {"openrlhf/.depo-patch-abc/new/openrlhf/a.py": "half"})
+    for _ in range(2):
+        patching.write_copy(root, tmp_path / "target", {"depo"})
+        assert not list((tmp_path / "target").rglob("*depo-patch*"))
+
+
+def test_an_owner_that_a_container_does_not_know_is_left_out(root, monkeypatch):
+    def refused(*args):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "chown", refused)
+    patching.apply(root, {"depo"})
+    assert texts(root) == expected({"depo"})
+
+
+def test_another_projects_version_is_not_openrlhfs(root, tmp_path):
+    """`depo patch --target .` in a project of the user's own."""
+    project = tmp_path / "project"
+    write(project, {"pyproject.toml": '[project]\nname = "mine"\n', "version.txt": "1.2.0"})
+    patching.write_copy(root, project, {"depo"})
+    assert patching.version_of(project) != "1.2.0"
 
 
 def test_a_stale_an_edited_and_the_same_copy_are_refused(root, tmp_path):

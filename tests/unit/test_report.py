@@ -249,6 +249,24 @@ def test_a_source_that_gets_worse_is_named_only_if_it_is_no_chance(tmp_path):
     assert first[4].startswith("0.50 ± 0.08")
 
 
+def test_steps_in_which_the_estimator_was_behind_are_told(tmp_path):
+    """Steps without a judgement have no `kept`: their groups are all unsent."""
+    good = {"kept": 32.0, "unmatched": 0.0, "labels_unsent": 0.0, "effective_ratio": 0.5}
+    bad = {"time_blocked": 1.0, "labels_unsent": 32.0}
+    metrics = [{"step": step} | (good if step <= 30 else bad) for step in range(1, 41)]
+    told = said(numbers(tmp_path, metrics), warning=True)
+    assert "25% of the groups were not learned from: the estimator was behind." in told
+    assert "In 25% of the steps the estimator judged no group: it was behind, or did not answer." in told
+
+
+def test_dropped_groups_are_a_share_of_all(tmp_path):
+    """8 groups a step are judged, 24 dropped."""
+    metrics = [{"step": step, "kept": 8.0, "labels_dropped": 24.0 * step} for step in range(1, 11)]
+    groups = [group(step, f"{step}.{i}", 0.5) for step in range(1, 11) for i in range(8)]
+    told = said(numbers(tmp_path, metrics, groups), warning=True)
+    assert "75% of the groups were not learned from: a score is NaN or infinite." in told
+
+
 def test_a_source_whose_rejected_prompts_were_not_explored_has_no_pass_rate(tmp_path):
     metrics = [{"step": 1, "depo/kept/a": 4, "depo/rejected/a": 96, "depo/kept/b": 4, "depo/rejected/b": 0}]
     groups = [group(1, f"{s}{i}", 0.5, source=s) for s in "ab" for i in range(4)]
