@@ -93,7 +93,7 @@ def root(tmp_path, patches):
     """A pristine copy of the made-up release, a checkout in a folder with a space in its name."""
     root = tmp_path / "a checkout"
     write(root, PRISTINE | {"openrlhf/__init__.py": "", "openrlhf/c.py": "untouched\n", "version.txt": "9.9\n"})
-    write(root, {"setup.py": "setup(name=\"openrlhf\")\n"})
+    write(root, {"setup.py": 'setup(name="openrlhf")\n'})
     return root
 
 
