@@ -1,7 +1,7 @@
-"""How much slower is a step with DEPO? `python -m benchmarks.step_time [--steps 40] [--pairs 2] [--json FILE]`
+"""How much slower is a step with DEPO? `python -m benchmarks.step_time [--method shadow] [--steps 40] [--pairs 2]`
 
-Runs the quickstart on the real Ray, DeepSpeed and vLLM, in turn with --method grpo and --method depo, with the same
-model and batch. Prints the medians of OpenRLHF's own timing/step_total after warm-up, their ratio for each pair, and
+Runs the quickstart on the real Ray, DeepSpeed and vLLM, in turn with --method grpo and --method depo (or shadow), with
+the same model and batch. Prints the medians of OpenRLHF's own timing/step_total after warm-up, their ratio for each pair, and
 the median of depo/time_blocked, the time that training waited for the estimator.
 """
 
@@ -30,6 +30,7 @@ def launch(method: str, steps: int, out: Path) -> list[dict]:
 def main() -> None:
     """Run the pairs, and print and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--method", choices=("depo", "shadow"), default="depo", help="compared with grpo")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -38,16 +39,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="depo-step-time-") as folder:
         for pair in range(args.pairs):
             seconds = {}
-            for method in ("grpo", "depo"):
+            for method in ("grpo", args.method):
                 rows = launch(method, args.steps, Path(folder) / f"{method}{pair}")[SKIPPED:]
                 seconds[method] = statistics.median(row["timing/step_total"] for row in rows)
                 blocked += [row["depo/time_blocked"] for row in rows if "depo/time_blocked" in row]
             pairs.append(seconds)
-            print(f"pair {pair}: grpo {seconds['grpo']:.3f} s, depo {seconds['depo']:.3f} s a step", flush=True)
-    ratios = [pair["depo"] / pair["grpo"] for pair in pairs]
-    waited, step = statistics.median(blocked), statistics.median(pair["depo"] for pair in pairs)
+            shown = ", ".join(f"{method} {median:.3f} s" for method, median in seconds.items())
+            print(f"pair {pair}: {shown} a step", flush=True)
+    ratios = [pair[args.method] / pair["grpo"] for pair in pairs]
+    waited, step = statistics.median(blocked), statistics.median(pair[args.method] for pair in pairs)
     goal = max(GOAL_SHARE * step, GOAL_S)
-    print(f"step time, depo / grpo: {', '.join(f'{ratio:.3f}' for ratio in ratios)} (the paper: 1.031)")
+    print(f"step time, {args.method} / grpo: {', '.join(f'{ratio:.3f}' for ratio in ratios)} (the paper: 1.031)")
     print(f"blocked: median {1e3 * waited:.1f} ms over {len(blocked)} steps, goal {1e3 * goal:.0f} ms: "
           f"{'met' if waited <= goal else 'MISSED'}")  # fmt: skip
     if args.json:
