@@ -1,8 +1,8 @@
 """How much slower is a step with DEPO? `python -m benchmarks.step_time [--method shadow] [--steps 40] [--pairs 2]`
 
 Runs the quickstart on the real Ray, DeepSpeed and vLLM, in turn with --method grpo and --method depo (or shadow), with
-the same model and batch. Prints the medians of OpenRLHF's own timing/step_total after warm-up, their ratio for each pair, and
-the median of depo/time_blocked, the time that training waited for the estimator.
+the same model and batch. Prints the medians of OpenRLHF's own timing/step_total after warm-up, their ratio for each
+pair, and the median of depo/time_blocked, the time that training waited for the estimator.
 """
 
 import argparse
