@@ -17,7 +17,7 @@ prompt's own groups, up to four before and four after: if prompts are met often,
 With --depo.estimator.cache_dir DIR the next backtest does not embed the prompts again.
 The picture needs: pip install 'openrlhf-depo[report]'
 
-Exit status: 0 if done, 1 if a log cannot be used, 2 if the options are wrong.
+Exit status: 0 if done, 1 if a log or the encoder cannot be used, 2 if the options are wrong.
 """
 
 import argparse
