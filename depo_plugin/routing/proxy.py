@@ -37,6 +37,7 @@ MODEL = "depo-route"  # what /v1/models lists; requests may name any model
 BODY_BYTES = 64 << 20  # longest request
 IN_FLIGHT = 1024  # most requests at a time
 CONNECT_S = 5.0
+KEEPALIVE_S = 2.0  # of an idle connection to a model's server; uvicorn, and so vLLM, closes it after 5 s
 SILENCE_S = 30.0  # longest silence of a client that has not sent its whole request
 # Headers of one connection, not of the message (RFC 9110, 7.6.1), and those that are made anew.
 OF_CONNECTION = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te"}
@@ -117,6 +118,7 @@ class Told:
     rated_s: seconds that it took
     status: of the answer; 499 if the client went away before it
     broken: why an answer did not reach its end; empty if it did
+    refused: what the proxy itself said instead of an answer
     """
 
     model: str = "none"
@@ -124,6 +126,7 @@ class Told:
     rated_s: float = 0.0
     status: int = 499
     broken: str = "the client went away"
+    refused: str = ""
 
 
 class Router:
@@ -138,7 +141,7 @@ class Router:
         self._in_flight = 0
         self.metrics.in_flight.set_function(lambda: self._in_flight)
         timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT)
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=IN_FLIGHT, keepalive_expiry=KEEPALIVE_S)
         plain = {"accept-encoding": "identity"}  # for clients that name no encoding; the answer's is passed on
         no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))  # one client's must not go out with another's
         self._client = httpx.AsyncClient(
@@ -180,7 +183,7 @@ class Router:
         except Refused as refused:
             told.status = refused.status
             await JSONResponse({"error": refused.body}, refused.status)(scope, _nothing, send)
-            told.broken = ""
+            told.broken, told.refused = "", str(refused)
             return
         told.status = answer.status_code
         try:
@@ -234,7 +237,7 @@ class Router:
         if told.broken:
             self.metrics.broken.labels(told.model).inc()
         self.metrics.requests.labels(told.model, told.status).inc()
-        ended = f", {told.broken}" if told.broken else ""
+        ended = f", {told.broken or told.refused}" if told.broken or told.refused else ""
         logger.info(
             "%s: %s, %s, pass rate %s, rated in %.0f ms, %.0f ms in all%s",
             *(path, told.model, told.status, told.rate, 1000 * told.rated_s, 1000 * seconds, ended),

@@ -276,12 +276,14 @@ def test_every_request_has_a_line(service, caplog):
     caplog.set_level(logging.INFO, logger="depo_plugin.routing.proxy")
     service.ask(EASY)
     service.ask(HARD, "error")
+    service.client.post("/v1/completions", content=b"{")
     end, lines = time.monotonic() + 5, []
-    while len(lines) < 2 and time.monotonic() < end:  # a line follows the answer
+    while len(lines) < 3 and time.monotonic() < end:  # a line follows the answer
         lines = [one.getMessage() for one in caplog.records if one.name.endswith("proxy")]
     assert lines[0].startswith("/v1/completions: small, 200, pass rate 0.")
     assert lines[1].startswith("/v1/completions: large, 400, pass rate 0.")
     assert "broke" not in "".join(lines)
+    assert ", the request is no JSON: Expecting property name" in lines[2]
 
 
 def test_other_addresses(service):
