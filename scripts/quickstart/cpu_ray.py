@@ -55,6 +55,10 @@ STACK_ENV = {
     # Ray's two metrics servers take a free port each, so that several heads can run on one machine.
     "AUTOSCALER_METRIC_PORT": "0",
     "DASHBOARD_METRIC_PORT": "0",
+    # Ray waits 30 or 60 seconds for a head's processes: too short on a busy machine.
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "600",
+    "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "600",
+    "RAY_raylet_start_wait_time_s": "600",
 }
 
 STALE_S = 900  # a compilation takes one to five minutes
@@ -109,7 +113,7 @@ def end_own(mark: str, session: int, grace_s: float = 10.0) -> None:
 
 @contextlib.contextmanager
 def ray_head(
-    env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_s: float = 90, dashboard: bool = False
+    env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_s: float = 600, dashboard: bool = False
 ):
     """Run a Ray head that reports num_gpus GPUs although there are none. Yield the environment for the launch.
 

@@ -25,15 +25,6 @@ SMALL = f"""
     --train.batch_size {BATCH * GROUP} --train.micro_batch_size 8 --train.num_episodes 1
     --depo.filter.warmup_steps 1 --depo.estimator.threads 1
 """
-# Ray waits 30 or 60 seconds for the dozen processes of a head with a dashboard: too short on a busy machine.
-PATIENT = dict.fromkeys(
-    (
-        "RAY_DASHBOARD_STARTUP_TIMEOUT_S",
-        "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT",
-        "RAY_raylet_start_wait_time_s",
-    ),
-    "600",
-)
 REWARD = f"""
 import os, runpy
 import depo_plugin, openrlhf
@@ -79,9 +70,9 @@ def job(tmp_path_factory):
     assert " " in str(folder)
     variables = prepare(folder)
     assert cli.main(["patch", "--target", variables["STAGE"], "--cpu"]) == 0  # the script keeps a copy that is there
-    env = cpu_ray.stack_env(QUICKSTART, DEPO_REWARD_LOG=str(folder / "rollouts.jsonl"), **PATIENT)
+    env = cpu_ray.stack_env(QUICKSTART, DEPO_REWARD_LOG=str(folder / "rollouts.jsonl"))
     script = cpu_ray.ROOT / "scripts" / "train_depo_ray_job.sh"
-    with cpu_ray.ray_head(env, dashboard=True, timeout_s=LIMIT_S) as env:
+    with cpu_ray.ray_head(env, dashboard=True) as env:
         done = subprocess.run(
             ["bash", str(script), *SMALL.split()],
             env=env | variables | {"ADDRESS": env["RAY_ADDRESS"]},
