@@ -43,7 +43,8 @@ def test_each_prompt_gets_the_answer_of_the_model_it_was_sent_to(depo_run, serve
         request = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
         raw = routed.completions.with_raw_response.create(model="any", **request)
         name = raw.headers["x-depo-model"]
-        assert (float(raw.headers["x-depo-pass-rate"]) >= THRESHOLD) == (name == "small")
+        rate = float(raw.headers["x-depo-pass-rate"])  # rounded
+        assert rate == pytest.approx(THRESHOLD, abs=6e-4) or (rate >= THRESHOLD) == (name == "small")
         server = servers[name == "large"]
         direct = client_of(server.url).completions.create(model=server.model, **request)
         assert raw.parse().choices[0].text == direct.choices[0].text
