@@ -89,7 +89,7 @@ def from_experiences(experiences: list, group_size: int, reward_range: tuple[flo
     samples_by_group = defaultdict(list)
     for experience in experiences:
         mask, log_probs = experience.action_mask.bool(), experience.action_log_probs.float()
-        sums = log_probs.where(mask, 0.0).sum(-1).tolist()  # padding may hold -inf
+        sums = log_probs.where(mask, 0.0).sum(-1).tolist()  # not log_probs * mask: -inf * 0 is NaN
         tokens = _tokens(experience)
         means = [total / count if count else None for total, count in zip(sums, tokens, strict=True)]
         rewards = per_response(experience, "rewards")

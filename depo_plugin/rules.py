@@ -89,7 +89,7 @@ def own_rule(path: str) -> Rule:
     spec = spec_from_file_location("depo_rule", path)
     if spec is None or spec.loader is None:
         raise RuleError("it is not a Python file")
-    module = sys.modules[spec.name] = module_from_spec(spec)  # where dataclasses of the file look for it
+    module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses need to find it there
     try:
         spec.loader.exec_module(module)
     except FileNotFoundError:

@@ -173,7 +173,7 @@ def _serve(args: argparse.Namespace, cfg: config.DepoConfig) -> int:
             timeout_graceful_shutdown=DRAIN_S,
         )
     )
-    # uvicorn raises the first again when all is done, and the second if the port is taken, which it has logged.
+    # KeyboardInterrupt: uvicorn raises it again at its end. SystemExit: the port is taken, as uvicorn has said.
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
         server.run()
     return 0 if server.started else 1

@@ -50,9 +50,9 @@ BIAS = 1.0  # prior variance of the constant's weight
 WEIGHTS_K = np.array([0.5, 2.0, 8.0, 32.0])  # candidates for the prior variance of the embedding's weights
 TEXT_KEPT = 0.998  # share of the evidence about w kept per batch of new prompts
 KEEPS_K = np.array([1.0, 0.998, 0.995, 0.99, 0.98])  # candidates for the share of a prompt's evidence kept per update
-LOGIT_END = 27.0  # furthest logit of a mean pass rate: beyond 37, σ is 1 in float64, and log_odds(1) is infinite
 KEEP_PRIOR_K = np.array([3, 4, 2, 1, 1]) / 11
 KEEP_KEPT = 0.98  # share of their log-likelihood kept per update
+LOGIT_END = 27.0  # largest logit of a mean pass rate: above 37 σ is 1 in float64, and log_odds(1) is infinite
 CAVITY_MIN = 1e-4  # smallest share of a variance that may remain: rounding must not make it negative
 
 

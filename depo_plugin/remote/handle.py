@@ -24,7 +24,7 @@ TALLY = {  # what each process adds to the step's metrics, counted since the las
     "labels_unsent": "groups that were not learned from, because the estimator was behind",
     "clipped": "scores outside --depo.labels.reward_range, clipped to it",
 }
-RARE = {"load", "save"}  # asked for too seldom to answer several times before a fault is over
+RARE = {"load", "save"}  # called too rarely to be answered three times soon
 DROPPED = "labels_dropped"  # counted beside them; the estimator keeps its total
 
 

@@ -121,9 +121,10 @@ def threshold_of(sample: Sample, target: Target) -> float:
     if target.share is not None:
         count = int(target.share * len(order_N) + 1e-9)
     else:
-        ends = np.concatenate([[True], p_N[1:] > p_N[:-1], [True]])  # no threshold parts requests of one pass rate
-        reached = np.where(ends, accuracies(order_N, sample), -1.0)
-        count = int(np.argmax(reached >= min(target.accuracy or 0.0, reached.max())))
+        # Requests of one pass rate go to the same model, so a threshold can only lie between two different rates.
+        possible = np.concatenate([[True], p_N[1:] > p_N[:-1], [True]])
+        accuracy = np.where(possible, accuracies(order_N, sample), -1.0)
+        count = int(np.argmax(accuracy >= min(target.accuracy or 0.0, accuracy.max())))
     return float(p_N[count]) if count < len(p_N) else 1.0
 
 

@@ -43,7 +43,7 @@ SILENCE_S = 30.0  # longest silence of a client that has not sent its whole requ
 OF_CONNECTION = {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te"}
 OF_CONNECTION |= {"trailer", "transfer-encoding", "upgrade"}
 OF_REQUEST = OF_CONNECTION | {"host", "content-length", "content-type", "expect"}
-OF_ANSWER = (b"accept", b"if-", b"range")  # how the client wants its own answer: not that of /v1/models
+OF_ANSWER = (b"accept", b"if-", b"range")  # about the client's own answer: not sent when we ask for /v1/models
 
 
 class Refused(Exception):
