@@ -22,9 +22,10 @@ SCRIPTS = sorted((ROOT / "scripts").glob("train_depo_*.sh"))
 BY_NAME = {path.name: path for path in SCRIPTS}
 TRAINER = ["-m", "openrlhf.cli.train_ppo_ray"]
 
-# Stand-ins for what a script calls. Each writes down its name and words; srun and ray then run what they were given.
+# Stand-ins for what a script calls. Each writes its name and words into a file of its own, because some run at the
+# same time; srun and ray then run what they were given.
 STAND_IN = """#!/bin/bash
-{ printf '%s\\37' "${0##*/}" "$@"; printf '\\36'; } >>"$CALLS"
+printf '%s\\37' "${0##*/}" "$@" >"$CALLS/$EPOCHREALTIME.$$"
 """
 STAND_INS = {
     "python3": 'case "$*" in *openrlhf.cli*) exit "${STATUS:-0}" ;; *) exec "$PYTHON" "$@" ;; esac',
@@ -46,7 +47,7 @@ NEEDED = {
 
 
 def run(script, folder, *more, **variables):
-    """The finished process of a script in `folder`, and the words of each command that it called.
+    """The finished process of a script in `folder`, and the words of each command that it called, in that order.
 
     more: the script's own arguments; variables: of the environment.
     """
@@ -55,7 +56,8 @@ def run(script, folder, *more, **variables):
         (folder / name).write_text(f"{STAND_IN}{body}\n")
         (folder / name).chmod(0o755)
     calls = folder / "calls"
-    calls.unlink(missing_ok=True)
+    shutil.rmtree(calls, ignore_errors=True)
+    calls.mkdir()
     env = os.environ | {
         "PATH": f"{folder}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -68,7 +70,7 @@ def run(script, folder, *more, **variables):
     done = subprocess.run(
         ["bash", str(script), *more], env=env, cwd=folder, capture_output=True, text=True, check=False
     )
-    return done, [call.split("\37")[:-1] for call in calls.read_text().split("\36")[:-1]]
+    return done, [call.read_text().split("\37")[:-1] for call in sorted(calls.iterdir())]
 
 
 def trained(calls):
