@@ -17,7 +17,7 @@ from benchmarks.proof.methods import DEFAULT, METHODS, QUICK, RECOMMENDED
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "proof"
 SIZES = {
     "ladder": {8: Size(8, 200, 2, 1e-4), 32: Size(32, 100, 2, 2e-4)},
-    "smollm2": {8: Size(8, 60, 1, 5e-6, evals=4, held_out=64)},
+    "smollm2": {8: Size(8, 24, 1, 1e-5, evals=2, held_out=64)},
 }
 
 
