@@ -62,6 +62,7 @@ STACK_ENV = {
 }
 
 STALE_S = 900  # a compilation takes one to five minutes
+HEAD_STARTS, HEAD_START_S = 3, 240  # on a busy machine a head takes a minute; now and then one hangs for ever
 
 # Flags of `ray start` whose default is a fixed port, or a fixed range of ports; 0 takes any free port.
 FREE_PORTS = "--port 0 --min-worker-port 0 --max-worker-port 0 --dashboard-port 0 --dashboard-agent-listen-port 0"
@@ -112,9 +113,7 @@ def end_own(mark: str, session: int, grace_s: float = 10.0) -> None:
 
 
 @contextlib.contextmanager
-def ray_head(
-    env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, timeout_s: float = 600, dashboard: bool = False
-):
+def ray_head(env: dict[str, str], num_gpus: int = 2, num_cpus: int = 8, dashboard: bool = False):
     """Run a Ray head that reports num_gpus GPUs although there are none. Yield the environment for the launch.
 
     dashboard: whether the head takes jobs (`ray job submit`), at the same RAY_ADDRESS. It starts ten more processes.
@@ -125,30 +124,38 @@ def ray_head(
     for lock in (VENV / "torch_extensions").glob("*/lock"):  # a compilation that was killed: DeepSpeed waits for ever
         if time.time() - lock.stat().st_mtime > STALE_S:
             lock.unlink(missing_ok=True)
+    command = f"-m ray.scripts.scripts start --head --block --num-cpus {num_cpus} --num-gpus {num_gpus} {FREE_PORTS}"
+    flags = [f"--include-dashboard={str(dashboard).lower()}", "--disable-usage-stats"]
+    for attempt in range(1, HEAD_STARTS + 1):
+        with _started([PYTHON, *command.split(), *flags], env, mark) as (address, said):
+            if address:
+                yield env | {"RAY_ADDRESS": address}
+                return
+        if attempt == HEAD_STARTS:
+            raise RuntimeError(f"Ray did not start {HEAD_STARTS} times. It said last:\n{said}")
+
+
+@contextlib.contextmanager
+def _started(command: list[str], env: dict[str, str], mark: str):
+    """Start a head; yield its address, None if it ends or hangs, and the end of its output. End its processes."""
     temporary = tempfile.TemporaryDirectory(prefix="depo-ray-", ignore_cleanup_errors=True)
     with temporary as temp_dir, socket.socket() as reserved:
         # Ray's client server does not accept port 0. It can listen on a port that this process has only reserved.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         reserved.bind(("", 0))
         log = Path(temp_dir) / "head.log"
-        command = f"-m ray.scripts.scripts start --head --block --num-cpus {num_cpus} --num-gpus {num_gpus}"
-        ports = f"{FREE_PORTS} --ray-client-server-port {reserved.getsockname()[1]}"
-        flags = [f"--include-dashboard={str(dashboard).lower()}", "--disable-usage-stats", f"--temp-dir={temp_dir}"]
+        flags = ["--ray-client-server-port", str(reserved.getsockname()[1]), f"--temp-dir={temp_dir}"]
         with log.open("w") as out:
             head = subprocess.Popen(
-                [PYTHON, *command.split(), *ports.split(), *flags],
-                env=env,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                [*command, *flags], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
-            deadline = time.monotonic() + timeout_s
+            deadline = time.monotonic() + HEAD_START_S
             while not (address := re.search(r"--address='([\d.:]+)'", log.read_text())):
                 if head.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"Ray did not start:\n{log.read_text()[-2000:]}")
+                    break
                 time.sleep(0.2)
-            yield env | {"RAY_ADDRESS": address[1]}
+            yield address and address[1], log.read_text()[-2000:]
         finally:
             end_own(mark, head.pid)
             head.wait()
