@@ -54,6 +54,36 @@ def test_two_heads_at_once_share_no_port():
     assert first.isdisjoint(second)
 
 
+# Stands for Python in `python -m ray...start`: hangs, then ends, and then says what a head says.
+HEAD = """#!/bin/bash
+starts=$(dirname "$0")/starts
+echo "$$" >>"$starts"
+case $(wc -l <"$starts") in
+    1) exec sleep 60 ;;
+    2) echo "a port is in use" && exit 1 ;;
+    *) echo "ray start --address='192.0.2.1:6379'" && exec sleep 60 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_a_head_that_hangs_or_ends_is_started_anew(tmp_path, monkeypatch, enough):
+    (tmp_path / "python").write_text(HEAD)
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(cpu_ray, "PYTHON", str(tmp_path / "python"))
+    monkeypatch.setattr(cpu_ray, "HEAD_START_S", 2.0)
+    if enough:
+        with cpu_ray.ray_head(cpu_ray.stack_env()) as env:
+            assert env["RAY_ADDRESS"] == "192.0.2.1:6379"
+    else:
+        monkeypatch.setattr(cpu_ray, "HEAD_STARTS", 2)
+        with pytest.raises(RuntimeError, match=r"did not start 2 times.*\na port is in use"):
+            cpu_ray.ray_head(cpu_ray.stack_env()).__enter__()
+    started = [int(line) for line in (tmp_path / "starts").read_text().split()]
+    assert len(started) == (3 if enough else 2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started)
+
+
 @pytest.mark.parametrize("scripts", ["real/scripts", "link/scripts", "scripts_link"])
 def test_root_is_the_real_folder_if_the_script_is_reached_through_a_link(tmp_path, scripts):
     (tmp_path / "real" / "scripts").mkdir(parents=True)
