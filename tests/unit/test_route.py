@@ -62,10 +62,13 @@ class Service:
         return self.client.post("/v1/completions", json={"model": "any", "prompt": prompt, "user": how})
 
     def count(self, name, **labels):
-        """A metric's value."""
-        families = text_string_to_metric_families(self.client.get("/metrics").text)
-        samples = [one for family in families for one in family.samples if one.name == f"depo_route_{name}"]
-        return sum(one.value for one in samples if labels.items() <= one.labels.items())
+        """A metric's value once no request is in progress: one ends a little after its client has the answer."""
+        end = time.monotonic() + 10
+        while "in_flight 0.0" not in (text := self.client.get("/metrics").text) and time.monotonic() < end:
+            time.sleep(0.02)
+        samples = [one for family in text_string_to_metric_families(text) for one in family.samples]
+        found = [one for one in samples if one.name == f"depo_route_{name}" and labels.items() <= one.labels.items()]
+        return sum(one.value for one in found)
 
 
 @pytest.fixture
