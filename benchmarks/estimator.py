@@ -36,6 +36,7 @@ GROUP = 8
 SCORED, UPDATED, FEW = 512, 128, 64
 SCORE_BATCH, UPDATE_BATCH = 16, 8  # the textbook loop's
 SHORTEST, LONGEST = 20, 500  # tokens
+MAX_LENGTH = 512  # of both: all prompts are read whole
 POOLS = (1_000, 100_000, 1_000_000)
 STEPS = 9  # timed steps on a frozen pool; the medians are reported
 CHUNK = 50_000  # prompts of a pool that are put into the cache in one call
@@ -118,7 +119,7 @@ class Textbook:
         torch.manual_seed(0)
         self.cfg, self.device, self.dtype = load_config(None, {}).estimator, device, dtype
         encoder, self.tokenizer = load_encoder(model)
-        self.limit = token_limit(encoder, self.tokenizer, self.cfg.max_length)
+        self.limit = token_limit(encoder, self.tokenizer, MAX_LENGTH)
         self.model = DifficultyModel(encoder).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.cfg.lr)
 
@@ -155,7 +156,7 @@ class Ours:
     """The estimator, called in the same way: one update per step, no replay."""
 
     def __init__(self, device: torch.device, cache: Path | None = None, **settings):
-        given = {"updates_per_step": 1, "replay": 0} | settings
+        given = {"updates_per_step": 1, "replay": 0, "max_length": MAX_LENGTH} | settings
         cfg = load_config(None, {f"estimator.{name}": value for name, value in given.items()})
         with device:  # without a DeepSpeed engine the estimator stays on the device that its weights were made on
             self.made, self.device = DifficultyEstimator(cfg, GROUP, 0, cache_dir=cache), device
@@ -244,7 +245,7 @@ def frozen(device: torch.device, size: int, steps: int) -> list[dict]:
             keys = np.array([prompt_key(prompt, "") for prompt in prompts[start : start + CHUNK]], np.uint64)
             cache.get(keys, lambda missing: rng.standard_normal((len(missing), width), np.float32))
         met = np.sort(np.array([prompt_key(prompt, ANSWER) for prompt in prompts[::2]], np.uint64))
-        history = PromptHistory(1.0)
+        history = PromptHistory()
         history.put(met, no_evidence(len(met)), 0)
         state["belief"]["history"], state["trained"] = history.state_dict(), met
         who.made.load_state_dict(state)

@@ -3,13 +3,10 @@
 Suffixes: B = prompts, T = tokens of the longest one.
 """
 
-import contextlib
 import time
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from depo_plugin.estimator.encoder import pool
 
@@ -22,7 +19,7 @@ UNIT_BYTES = 68  # bytes of activations per token, layer and unit of width (meas
 GAIN = 1.25  # bf16 must be faster by this factor, or the noise of a busy machine would decide
 PROBE_SECONDS, PROBE_RUNS = 0.7, 3  # limits of the measurement in fastest_dtype
 READ_CHARS = 64  # characters of a prompt's end that are tokenized, per token of max_length: far more than a token has
-PROBE_PROMPTS, PROBE_TOKENS = {"cpu": 1, "cuda": 64}, 128  # enough to keep the device busy
+PROBE_PROMPTS, PROBE_TOKENS = {"cpu": 4, "cuda": 64}, 128  # with fewer, bf16 is not at its full speed
 
 
 def tokenize(tokenizer, prompts: list[str], max_length: int) -> list[list[int]]:
@@ -79,32 +76,16 @@ def autocast(device: torch.device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
-class Fp32Attention(TorchFunctionMode):
-    """A context in which attention is computed in fp32: torch's bf16 attention kernel for CPUs is slower."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(*map(_widened, args), **{name: _widened(value) for name, value in kwargs.items()})
-
-
-def _widened(value):
-    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
 def embed(encoder: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Return the prompts' embeddings, float32 (B, E), from (B, T) tokens."""
-    in_bf16 = input_ids.device.type == "cpu" and torch.is_autocast_enabled("cpu")
-    with Fp32Attention() if in_bf16 else contextlib.nullcontext():
-        return pool(encoder, input_ids, attention_mask).float()
+    return pool(encoder, input_ids, attention_mask).float()
 
 
 def fastest_dtype(encoder: torch.nn.Module, device: torch.device, max_length: int) -> str:
-    """Return "bf16" if this encoder is clearly faster in it on this device, else "fp32". Takes less than a second.
+    """Return "bf16" if this encoder is clearly faster in it on this device, else "fp32".
 
-    CPUs without bf16 instructions are several times slower in bf16 than in fp32. max_length: tokens of a prompt.
+    max_length: tokens of a prompt. CPUs without bf16 instructions are several times slower in bf16 than in fp32: there
+    it takes about a second, elsewhere less.
     """
     best = {"fp32": float("inf"), "bf16": float("inf")}
     end = time.perf_counter() + PROBE_SECONDS

@@ -120,16 +120,6 @@ def test_gradients_of_several_micro_batches_are_summed_in_fp32():
     assert weight.grad.item() == 257.0
 
 
-def test_attention_is_in_fp32_under_autocast():
-    q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-    with torch.autocast("cpu", torch.bfloat16), embed.Fp32Attention():
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected)
-
-
 def test_bf16_computes_the_encoder_in_bf16_and_the_rest_in_fp32(either):
     made, exact, seen = either(dtype="bf16"), either(), {}
     heads, layer = getattr(made.model, "heads", made.model), made._encoder.encoder.layer[0]
