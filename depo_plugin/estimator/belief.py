@@ -1,7 +1,8 @@
 """Beliefs about pass rates: an item-response model, learned online by quadrature and linear algebra.
 
-    p_i(t) = σ(x)²,   x = θ(t) + v(t)·φ_i + w·φ_i + r_i
+    p_i(t) = F(x),   x = θ(t) + v(t)·φ_i + w·φ_i + r_i
 
+F: a gradual prompt's, or a steep one's (item_response.py). The share of steep prompts is fitted with τ².
 θ: the policy's ability, shared by all prompts: a random walk that may jump. v: how it differs by text (drift.py).
 φ_i: the text's features: the model's score logit and, if similar prompts share evidence, the text's embedding.
 w: the weights of the features, from a Bayesian linear regression.
@@ -12,8 +13,8 @@ evidence follows the policy as it improves. predict() returns Beta distributions
 Sources: item-response (Rasch) model; assumed-density filtering (Opper 1998) with the sites of expectation propagation
 (Minka 2001); τ² by its marginal likelihood, and so the weights' prior, on grids.
 
-Suffixes: B = prompts of one call, F = features, Q = quadrature nodes, D = candidate shifts of the ability, K and T =
-candidates for a constant.
+Suffixes: B = prompts of one call, F = features, Q = quadrature nodes, D = candidate shifts of the ability, K = kinds
+of prompts, or candidates for a constant, S and T = candidates for the share of steep prompts and for τ².
 """
 
 import math
@@ -23,15 +24,21 @@ import numpy as np
 from depo_plugin.estimator.drift import TextDrift
 from depo_plugin.estimator.history import SITE, Evidence, PromptHistory, no_evidence
 from depo_plugin.estimator.item_response import (
+    GRADUAL_K,
+    LEAST_WEIGHT,
     beta_of,
+    by_kind,
     first_groups,
     kappa_of,
+    kinds,
     likeliest,
     log_odds,
+    mixed,
     moments,
     pass_rate,
     posterior,
     predictive,
+    predictive_by_kind,
     shares,
     sigmoid,
     site,
@@ -41,7 +48,10 @@ from depo_plugin.settings.config import HistoryConfig
 
 SPREADS_T = np.geomspace(0.02, 200.0, 25)  # candidates for τ²
 SPREAD_START, SPREAD_DOUBT = 2.5, 1.5  # before the first group: the mean of log τ², as τ², and its standard deviation
-FIRST_KEPT = 0.9997  # share of the candidates' log-likelihood kept per new prompt: the last 3000 count
+STEEP_S = np.array([0.0, 0.1, 0.25, 0.5, 0.75, 0.9])  # candidates for the share of steep prompts
+STEEP_PRIOR_S = np.array([5, 3, 2, 1, 1, 1]) / 13
+MIX_SK = np.c_[1 - STEEP_S, STEEP_S]
+GROUPS_KEPT = 0.9997  # share of the candidates' log-likelihood kept per group: the last 3000 count
 ABILITY_START = 4.0  # variance of the ability before the first group
 ABILITY_STEP = 0.05**2  # variance of its random walk, per update
 JUMP_CHANCE, JUMP = 0.01, 1.5**2  # chance of a jump per update, and the jump's variance
@@ -72,7 +82,8 @@ class Belief:
         fixed = None if cfg.kappa == "fit" else spread_of(min(float(cfg.kappa), 1e6))
         # Learning w needs a fitted spread, even if kappa is inf.
         self._fixed_spread = None if cfg.kappa == "inf" and cfg.share else fixed
-        self._spread_log_T = np.zeros(len(SPREADS_T))  # log-likelihood of each candidate for τ²
+        # Log-likelihood of each pair of candidates for the share of steep prompts and for τ².
+        self._spread_log_ST = np.zeros((len(STEEP_S), len(SPREADS_T)))
         self._keep_log_K = np.zeros(len(KEEPS_K))  # log-likelihood of each candidate for keep
         # Columns: the score logit, a constant, the embedding. Only with cfg.share are their weights learned.
         self._center_F = np.r_[1.0, 0.0, np.zeros(features)]
@@ -94,7 +105,8 @@ class Belief:
     def narrowed(self, x):
         """Return about what a shift of x is as a shift of the mean pass rate's logit (see _features).
 
-        The square is left out: it would double the shift of hard prompts. Tried, it changed nothing (tiny_log).
+        For a gradual prompt: with the larger slope of steep ones in it, predictions were no better, or worse. The
+        square is left out: it would double the shift of hard prompts. Tried, it changed nothing (tiny_log).
         """
         return x / math.sqrt(1 + math.pi * self.spread / 8)
 
@@ -103,8 +115,18 @@ class Belief:
         """τ², the variance of the part of a prompt's x that the text does not predict."""
         if self._fixed_spread is not None:
             return self._fixed_spread
+        return float(np.exp(self._pairs_ST().sum(0) @ np.log(SPREADS_T)))
+
+    @property
+    def mix_K(self) -> np.ndarray:
+        """The shares of gradual and of steep prompts."""
+        return GRADUAL_K if self._fixed_spread is not None else self._pairs_ST().sum(1) @ MIX_SK
+
+    def _pairs_ST(self) -> np.ndarray:
+        """Return how likely each pair of candidates for the share of steep prompts and for τ² is."""
         doubt_T = np.log(SPREADS_T / SPREAD_START) / SPREAD_DOUBT
-        return likeliest(SPREADS_T, self._spread_log_T - 0.5 * doubt_T**2)
+        log_ST = self._spread_log_ST + np.log(STEEP_PRIOR_S)[:, None] - 0.5 * doubt_T**2
+        return shares(log_ST.ravel()).reshape(log_ST.shape)
 
     @property
     def keep(self) -> float:
@@ -116,7 +138,7 @@ class Belief:
     @property
     def kappa(self) -> float:
         """κ, the number of samples that the text's prediction counts as."""
-        return kappa_of(self.spread)
+        return kappa_of(self.spread, self.mix_K)
 
     def predict(self, keys: list[int], s_B: np.ndarray, text_BF: np.ndarray, now: int):
         """Return a_B, b_B float64: Beta beliefs about the pass rates at the current ability.
@@ -125,9 +147,9 @@ class Belief:
         """
         known = self._history.evidence(np.asarray(keys, np.uint64), now, self.keep)
         mean_B, variance_B = self._text(self._features(s_B, text_BF), known)
-        x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(known))
+        x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(known), self.mix_K)
         ability_B = self.ability + self._drift.shift(np.asarray(text_BF, np.float64))
-        return beta_of(pass_rate(x_BQ + ability_B[:, None]), weights_BQ)
+        return beta_of(pass_rate(by_kind(x_BQ + ability_B[:, None])), weights_BQ)
 
     def visits(self, keys: list[int], now: int) -> np.ndarray:
         """Return visits_B float64: in how many updates each prompt was learned from."""
@@ -150,19 +172,22 @@ class Belief:
         known_B = self._own(before).samples.sum(1) > 0  # none if kappa is inf
         mean_B, variance_B = self._text(features_BF, before)
         text_BF = features_BF[:, 2:]
+        x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(before), self.mix_K)
         if self._cfg.drift:
-            x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._own(before))
             self._follow(x_BQ + self._drift.shift(text_BF)[:, None], weights_BQ, successes_B, samples_B)
             self._drift.walk()
             if known_B.any() and self.features:
                 parts = (part[known_B] for part in (text_BF, x_BQ, weights_BQ, successes_B, samples_B))
                 self._turn(*parts)
         ability_B = self.ability + self._drift.shift(text_BF)
+        if self._fixed_spread is None and known_B.any():
+            parts = (x_BQ + ability_B[:, None], weights_BQ, successes_B, samples_B)
+            self._fit_steep(*(part[known_B] for part in parts))
         if self._cfg.discount == "fit" and known_B.any():
             told = (keys_B, mean_B, variance_B, ability_B, successes_B, samples_B)
             self._fit_keep(now, *(part[known_B] for part in told))
         after = before.with_visit(successes_B, samples_B, ability_B)._replace(visits=before.visits + visited)
-        site_mean_B, site_precision_B = site(mean_B, variance_B + self.spread, after)
+        site_mean_B, site_precision_B = site(mean_B, variance_B + self.spread, after, self.mix_K)
         self._fit_spread((mean_B + ability_B)[new_B], variance_B[new_B], successes_B[new_B], samples_B[new_B])
         if self._cfg.share and new_B.any():
             if self.features:
@@ -237,12 +262,13 @@ class Belief:
 
     def _fit_weights(self, features_BF, ability_B, successes_B, samples_B):
         """Add the likelihood of new prompts' first groups under each candidate for the weights' variance."""
-        self._weight_log_K *= FIRST_KEPT ** len(features_BF)
+        self._weight_log_K *= GROUPS_KEPT ** len(features_BF)
         for k, variance in enumerate(WEIGHTS_K):
             weights_F, covariance_FF = self._weights(variance)
             variance_B = np.einsum("bf,bf->b", features_BF @ covariance_FF, features_BF) + self.spread
             mean_B = features_BF @ weights_F + ability_B
-            self._weight_log_K[k] += first_groups(mean_B, variance_B, successes_B, samples_B).sum()
+            log_KB = first_groups(mean_B, variance_B, successes_B, samples_B)
+            self._weight_log_K[k] += mixed(log_KB, self.mix_K).sum()
 
     # ── The prompts ──
 
@@ -251,19 +277,34 @@ class Belief:
         return no_evidence(len(known.site_at)) if self._cfg.kappa == "inf" else known
 
     def _fit_spread(self, mean_B, variance_B, successes_B, samples_B):
-        """Add the likelihood of new prompts' first groups under each candidate for τ², given the text's prediction.
+        """Add the likelihood of new prompts' first groups under each pair of candidates, given the text's prediction.
 
         mean_B includes the ability. Prompts that are met again are left out: the filter kept them because of what it
         knew about their r.
         """
-        self._spread_log_T *= FIRST_KEPT ** len(mean_B)
-        self._spread_log_T += first_groups(mean_B, variance_B + SPREADS_T[:, None], successes_B, samples_B).sum(1)
+        log_KTB = first_groups(mean_B, variance_B + SPREADS_T[:, None], successes_B, samples_B)
+        self._spread_log_ST *= GROUPS_KEPT ** len(mean_B)
+        self._spread_log_ST += mixed(log_KTB, MIX_SK).sum(-1)
+
+    def _fit_steep(self, x_BQ, weights_BQ, successes_B, samples_B):
+        """Weigh the candidates for the share of steep prompts by how likely they make the groups of known prompts.
+
+        x_BQ, weights_BQ: what was believed of x, x_BQ with the ability of now.
+        """
+        log_KB = np.log(
+            np.maximum(kinds(weights_BQ) / self.mix_K, LEAST_WEIGHT)
+        ).T  # of earlier groups, but for a factor
+        log_SB = mixed(log_KB + predictive_by_kind(x_BQ, weights_BQ, successes_B, samples_B), MIX_SK)
+        self._spread_log_ST *= GROUPS_KEPT ** len(successes_B)
+        self._spread_log_ST += (log_SB - mixed(log_KB, MIX_SK)).sum(1)[:, None]
 
     def _fit_keep(self, now, keys_B, mean_B, variance_B, ability_B, successes_B, samples_B):
         """Weigh the candidates for keep by how likely they make these groups, given the prompts' earlier ones."""
         self._keep_log_K *= KEEP_KEPT
         for k, keep in enumerate(KEEPS_K):
-            x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, self._history.evidence(keys_B, now, keep))
+            x_BQ, weights_BQ = posterior(
+                mean_B, variance_B + self.spread, self._history.evidence(keys_B, now, keep), self.mix_K
+            )
             log_B = predictive(x_BQ + ability_B[:, None], weights_BQ, successes_B, samples_B)
             self._keep_log_K[k] += log_B.sum()
 
@@ -297,7 +338,9 @@ class Belief:
         mean_B, variance_B = moments(x_BQ, weights_BQ)
         ability_B = self.ability + self._drift.shift(text_BF)
         group = no_evidence(len(mean_B)).with_visit(successes_B, samples_B, ability_B)
-        site_mean_B, site_precision_B = site(mean_B, variance_B + self._drift.variance(text_BF), group)
+        site_mean_B, site_precision_B = site(
+            mean_B, variance_B + self._drift.variance(text_BF), group, kinds(weights_BQ)
+        )
         change_B = site_mean_B + ability_B - self.ability - mean_B
         self._drift.learn(text_BF, change_B, 1 / site_precision_B + variance_B, log_K)
 
@@ -307,7 +350,7 @@ class Belief:
         """Return copies of everything that can change a later belief."""
         return {
             "ability": [self.ability, self._ability_variance],
-            "spread": self._spread_log_T.copy(),
+            "spread": self._spread_log_ST.copy(),
             "keep": self._keep_log_K.copy(),
             "weight_variance": self._weight_log_K.copy(),
             "information": self._information_FF.copy(),
@@ -327,9 +370,16 @@ class Belief:
                 f"belief: it was learned with {len(state['vector']) - 2} text features, here are "
                 f"{len(self._vector_F) - 2}. Resume with the same --depo.estimator.mode and --depo.history.share."
             )
+        for name, here in (
+            ("spread", self._spread_log_ST),
+            ("keep", self._keep_log_K),
+            ("weight_variance", self._weight_log_K),
+        ):
+            if np.shape(state[name]) != here.shape:
+                raise ValueError(f"belief: {name} has the shape {np.shape(state[name])}, here it is {here.shape}.")
         self._history.load_state_dict(state["history"])
         self.ability, self._ability_variance = state["ability"]
-        self._spread_log_T, self._keep_log_K = np.array(state["spread"]), np.array(state["keep"])
+        self._spread_log_ST, self._keep_log_K = np.array(state["spread"]), np.array(state["keep"])
         self._weight_log_K = np.array(state["weight_variance"])
         self._information_FF, self._vector_F = np.array(state["information"]), np.array(state["vector"])
         self._text_clock = state["text_clock"]

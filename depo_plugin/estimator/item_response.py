@@ -1,11 +1,16 @@
 """One prompt's x: from x to a pass rate, from groups to what is believed of x, and from that to a Beta distribution.
 
-    p = σ(x)²
+    p = F(x),  F(x) = σ(x)²                       gradual prompts
+    p = F(h + 6·(x − h)),  F(h) = 1/2             steep prompts
 
 The square: a response is right only if two things go right, so a hard prompt is nearer to hopeless than its odds say,
-and after a group that is all wrong the next one is too, more often than with σ(x). Real logs show it (RESULTS.md).
+and after a group that is all wrong the next one is too, more often than with σ(x).
+Steep: of many prompts a policy gets nearly all responses right or nearly all wrong. Which of the two it will be is as
+unsure as for other prompts, but its first group tells. How many are steep is fitted (belief.py).
+Real logs show both (RESULTS.md). Source: two discriminations of the two-parameter model (Birnbaum 1968).
 
-Pure functions. Suffixes: B = prompts of one call, V = visits, Q = quadrature nodes, K = candidates.
+Pure functions. Suffixes: B = prompts of one call, V = visits, K = kinds of prompts (gradual, steep), Q = quadrature
+nodes, first all of gradual prompts, then all of steep ones.
 """
 
 import math
@@ -16,8 +21,13 @@ from depo_plugin.estimator.history import VISITS, Evidence
 
 NODES = np.linspace(-6.0, 6.0, 41)  # of the quadrature, in the posterior's standard deviations
 FIRST_NODES = np.linspace(-6.0, 6.0, 121)  # of the quadrature over the x of new prompts, in standard deviations
+SLOPES_K = np.array([1.0, 6.0])
+GRADUAL_K = np.array([1.0, 0.0])  # all prompts are gradual
+MIDDLE = -math.log(math.sqrt(2) - 1)  # h, the x of p = 1/2
 KAPPA_RANGE = (1e-6, 200.0)  # of τ² for a fixed kappa
 PRECISION_MIN = 1e-4
+FLAT = 40.0  # so far from h the likelihood of any group changes no more
+LEAST_WEIGHT = 1e-300  # so that no logarithm is infinite
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -26,26 +36,39 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def pass_rate(x: np.ndarray) -> np.ndarray:
-    """Return the pass rate σ(x)² of a prompt whose ability less difficulty is x."""
+    """Return F(x) = σ(x)², the pass rate of a gradual prompt whose ability less difficulty is x."""
     return sigmoid(x) ** 2
 
 
+def steeper(x: np.ndarray, slope: np.ndarray | float) -> np.ndarray:
+    """Return the argument of F for prompts of this slope."""
+    return MIDDLE + slope * (x - MIDDLE)
+
+
+def by_kind(x_BQ: np.ndarray) -> np.ndarray:
+    """Return the arguments of F for nodes of posterior() to which an ability was added; x may be (..., B, Q)."""
+    return steeper(x_BQ, np.repeat(SLOPES_K, len(NODES)))
+
+
 def log_odds(p: np.ndarray | float) -> np.ndarray:
-    """Return the x of a pass rate: the inverse of pass_rate(). p in (0, 1)."""
+    """Return the x of a pass rate, the inverse of pass_rate(). p in (0, 1)."""
     root = np.sqrt(p)
     return np.log(root) - np.log1p(-root)
 
 
-def kappa_of(spread: float) -> float:
-    """Return κ for τ²: a + b of the Beta distribution with the pass rate's mean and variance, x ~ N(x(1/2), τ²)."""
-    weights = np.exp(-0.5 * NODES**2)
-    p = pass_rate(log_odds(0.5) + math.sqrt(spread) * NODES)
-    mean = np.average(p, weights=weights)
-    return float(mean * (1 - mean) / np.average((p - mean) ** 2, weights=weights) - 1)
+def kappa_of(spread: float, mix_K: np.ndarray = GRADUAL_K) -> float:
+    """Return κ for τ²: a + b of the Beta distribution with the pass rate's mean and variance, x ~ N(h, τ²).
+
+    mix_K: shares of the kinds of prompts.
+    """
+    weights_KQ = mix_K[:, None] * np.exp(-0.5 * NODES**2)
+    p_KQ = pass_rate(MIDDLE + math.sqrt(spread) * SLOPES_K[:, None] * NODES)
+    mean = np.average(p_KQ, weights=weights_KQ)
+    return float(mean * (1 - mean) / np.average((p_KQ - mean) ** 2, weights=weights_KQ) - 1)
 
 
 def spread_of(kappa: float) -> float:
-    """Return the τ² for which kappa_of() is `kappa`, by bisection within KAPPA_RANGE."""
+    """Return the τ² for which kappa_of() is `kappa` if all prompts are gradual, by bisection within KAPPA_RANGE."""
     low, high = KAPPA_RANGE
     for _ in range(60):
         middle = math.sqrt(low * high)
@@ -54,7 +77,7 @@ def spread_of(kappa: float) -> float:
 
 
 def log_likelihood(x: np.ndarray, successes: np.ndarray, failures: np.ndarray) -> np.ndarray:
-    """Return successes·log p + failures·log(1 − p), p = pass_rate(x). Counts may be fractional; all broadcast."""
+    """Return successes·log p + failures·log(1 − p), p = F(x). Counts may be fractional; all broadcast."""
     right = -2 * np.logaddexp(0.0, -x)
     return successes * right + failures * (np.log1p(sigmoid(x)) - np.logaddexp(0.0, x))
 
@@ -66,27 +89,55 @@ def slopes(x: np.ndarray, successes: np.ndarray, failures: np.ndarray) -> tuple[
     return slope, s * (1 - s) * (2 * successes + failures * (4 * s + 2 * s**2) / (1 + s) ** 2)
 
 
-def posterior(mean_B, variance_B, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
+def posterior(mean_B, variance_B, evidence: Evidence, mix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return nodes x_BQ and weights_BQ (rows sum to 1) of each prompt's x, given N(mean, variance) and its evidence.
 
-    The density is log-concave: Newton's method finds its mode. The nodes cover six standard deviations on each side.
+    mix: shares of the kinds of prompts before the evidence, (K,) or (B, K).
+    """
+    parts = [_nodes(mean_B, variance_B, evidence, slope) for slope in SLOPES_K]
+    x_BQ, log_BQ = (np.concatenate(part, 1) for part in zip(*parts, strict=True))
+    weights_BQ = np.exp(log_BQ - log_BQ.max(1, keepdims=True)) * np.repeat(np.atleast_2d(mix), len(NODES), axis=1)
+    return x_BQ, weights_BQ / weights_BQ.sum(1, keepdims=True)
+
+
+def _nodes(mean_B, variance_B, evidence: Evidence, slope: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return one kind's nodes x_BQ and the logs of their densities times the distance of nodes.
+
+    The density is log-concave. The nodes cover six standard deviations on each side of its mode, which is found by
+    Newton's method. A step that leaves the interval around the mode, or is not half as long as the one before, is
+    replaced by halving the interval (Press et al., Numerical Recipes, rtsafe).
     """
     precision_B = 1 / variance_B
     failures_BV = evidence.samples - evidence.successes
-    mode_B = mean_B.copy()
-    for _ in range(25):  # enough steps of at most 2 to get from any score logit to any mode
-        slope_BV, curvature_BV = slopes(mode_B[:, None] + evidence.ability, evidence.successes, failures_BV)
-        slope_B = slope_BV.sum(1) - (mode_B - mean_B) * precision_B
-        mode_B = mode_B + np.clip(slope_B / (curvature_BV.sum(1) + precision_B), -2.0, 2.0)
-    curvature_BV = slopes(mode_B[:, None] + evidence.ability, evidence.successes, failures_BV)[1]
-    width_B = 1 / np.sqrt(curvature_BV.sum(1) + precision_B)
+
+    def likelihood(x_B):
+        first_BV, second_BV = slopes(steeper(x_B[:, None] + evidence.ability, slope), evidence.successes, failures_BV)
+        return slope * first_BV.sum(1), slope**2 * second_BV.sum(1)
+
+    middle_BV = MIDDLE - evidence.ability
+    low_B = np.minimum(mean_B, middle_BV.min(1) - FLAT / slope)
+    high_B = np.maximum(mean_B, middle_BV.max(1) + FLAT / slope)
+    mode_B, step_B = mean_B, high_B - low_B
+    for _ in range(40):
+        slope_B, curvature_B = likelihood(mode_B)
+        slope_B = slope_B - (mode_B - mean_B) * precision_B
+        low_B, high_B = np.where(slope_B > 0, mode_B, low_B), np.where(slope_B < 0, mode_B, high_B)
+        newton_B = slope_B / (curvature_B + precision_B)
+        good_B = (mode_B + newton_B >= low_B) & (mode_B + newton_B <= high_B) & (abs(newton_B) <= 0.5 * abs(step_B))
+        step_B = np.where(good_B, newton_B, 0.5 * (low_B + high_B) - mode_B)
+        mode_B = mode_B + step_B
+    width_B = 1 / np.sqrt(likelihood(mode_B)[1] + precision_B)
     x_BQ = mode_B[:, None] + width_B[:, None] * NODES
-    log_BQ = -0.5 * precision_B[:, None] * (x_BQ - mean_B[:, None]) ** 2
+    log_BQ = np.log(width_B)[:, None] - 0.5 * precision_B[:, None] * (x_BQ - mean_B[:, None]) ** 2
     for visit in range(VISITS):
         successes, samples, ability = (x[:, visit, None] for x in evidence[:3])
-        log_BQ += log_likelihood(x_BQ + ability, successes, samples - successes)
-    weights_BQ = np.exp(log_BQ - log_BQ.max(1, keepdims=True))
-    return x_BQ, weights_BQ / weights_BQ.sum(1, keepdims=True)
+        log_BQ += log_likelihood(steeper(x_BQ + ability, slope), successes, samples - successes)
+    return x_BQ, log_BQ
+
+
+def kinds(weights_BQ: np.ndarray) -> np.ndarray:
+    """Return how likely a prompt is of each kind, (B, K)."""
+    return weights_BQ.reshape(len(weights_BQ), len(SLOPES_K), -1).sum(-1)
 
 
 def moments(x_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,25 +146,49 @@ def moments(x_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.nd
     return mean_B, (weights_BQ * (x_BQ - mean_B[:, None]) ** 2).sum(1)
 
 
-def site(mean_B, variance_B, evidence: Evidence) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean_B and precision_B of the normal factor over x nearest to the evidence, if x is N(mean, variance)."""
-    found_B, left_B = moments(*posterior(mean_B, variance_B, evidence))
+def site(mean_B, variance_B, evidence: Evidence, mix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean_B and precision_B of the normal factor over x nearest to the evidence, if x is N(mean, variance).
+
+    mix: as in posterior().
+    """
+    found_B, left_B = moments(*posterior(mean_B, variance_B, evidence, mix))
     precision_B = np.maximum(1 / left_B - 1 / variance_B, PRECISION_MIN)
     return (found_B / left_B - mean_B / variance_B) / precision_B, precision_B
 
 
 def predictive(x_BQ, weights_BQ, successes_B, samples_B) -> np.ndarray:
-    """Return log Σ_Q weights p^k (1 − p)^(n−k), the log-likelihood of each prompt's group; x_BQ may be (K, B, Q)."""
-    log_BQ = log_likelihood(x_BQ, successes_B[:, None], (samples_B - successes_B)[:, None])
-    top_B = log_BQ.max(-1)
-    return top_B + np.log((weights_BQ * np.exp(log_BQ - top_B[..., None])).sum(-1))
+    """Return the log-likelihood of each prompt's group, by nodes and weights of posterior(); x may be (D, B, Q)."""
+    return _mean_likelihood(by_kind(x_BQ), weights_BQ, successes_B, samples_B)
+
+
+def predictive_by_kind(x_BQ, weights_BQ, successes_B, samples_B) -> np.ndarray:
+    """Return the log-likelihood of each prompt's group if it is of each kind, (K, B). Inputs: as predictive()'s."""
+    parts = (array.reshape(len(array), len(SLOPES_K), -1) for array in (by_kind(x_BQ), weights_BQ))
+    x_KBQ, weights_KBQ = (part.swapaxes(0, 1) for part in parts)
+    weights_KBQ = weights_KBQ / np.maximum(weights_KBQ.sum(-1, keepdims=True), LEAST_WEIGHT)
+    return _mean_likelihood(x_KBQ, weights_KBQ, successes_B, samples_B)
 
 
 def first_groups(mean_B, variance_B, successes_B, samples_B) -> np.ndarray:
-    """Return log ∫ N(x; mean, variance) p^k (1 − p)^(n−k) dx, p = pass_rate(x); variance_B may be (T, B)."""
+    """Return log ∫ N(x; mean, variance) p^k (1 − p)^(n−k) dx by kind, (K, B); or (K, T, B) if variance_B is (T, B)."""
     weights_Q = np.exp(-0.5 * FIRST_NODES**2)
+    weights_Q /= weights_Q.sum()
     x_BQ = mean_B[..., None] + np.sqrt(variance_B)[..., None] * FIRST_NODES
-    return predictive(x_BQ, weights_Q / weights_Q.sum(), successes_B, samples_B)
+    return np.stack([_mean_likelihood(steeper(x_BQ, slope), weights_Q, successes_B, samples_B) for slope in SLOPES_K])
+
+
+def _mean_likelihood(x_BQ, weights_BQ, successes_B, samples_B) -> np.ndarray:
+    """Return log Σ_Q weights p^k (1 − p)^(n−k), p = F(x)."""
+    log_BQ = log_likelihood(x_BQ, successes_B[:, None], (samples_B - successes_B)[:, None])
+    log_BQ += np.log(np.maximum(weights_BQ, LEAST_WEIGHT))
+    top_B = log_BQ.max(-1)
+    return top_B + np.log(np.exp(log_BQ - top_B[..., None]).sum(-1))
+
+
+def mixed(log_KB: np.ndarray, mix: np.ndarray) -> np.ndarray:
+    """Return log Σ_K mix exp(log_KB) over the first axis. mix: (K,), or (S, K) for a result of (S, ...)."""
+    top_B = log_KB.max(0)
+    return top_B + np.log(np.maximum(np.tensordot(mix, np.exp(log_KB - top_B), 1), LEAST_WEIGHT))
 
 
 def beta_of(p_BQ: np.ndarray, weights_BQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,9 @@ from depo_plugin.estimator import checkpoint
 from depo_plugin.estimator.belief import Belief
 from depo_plugin.estimator.history import no_evidence
 from depo_plugin.estimator.item_response import (
+    GRADUAL_K,
     beta_of,
+    by_kind,
     kappa_of,
     log_odds,
     moments,
@@ -89,17 +91,33 @@ def rate(x):
     return logistic(x) ** 2
 
 
-def log_groups(x, groups):
+def argument(x, slope):
+    """The argument of σ²: from x = logit(√½) on, which is p = 1/2, a steep prompt's is six times as far."""
+    half = logit(np.sqrt(0.5))
+    return half + slope * (x - half)
+
+
+def log_groups(x, groups, slope=1):
     """log Π p^k (1 − p)^(n − k) with p = σ(x + θ)²; 1 − p = σ(−x − θ) (1 + σ(x + θ))."""
+    at_groups = ((k, n, argument(x + at, slope)) for k, n, at in groups)
     return sum(
-        -2 * k * np.logaddexp(0, -x - at) + (n - k) * (np.log1p(logistic(x + at)) - np.logaddexp(0, x + at))
-        for k, n, at in groups
+        -2 * k * np.logaddexp(0, -x) + (n - k) * (np.log1p(logistic(x)) - np.logaddexp(0, x)) for k, n, x in at_groups
     )
 
 
 def exact(mean, variance, groups, grid=GRID):
-    """Return the weights of the grid's points under N(mean, variance) and the groups."""
-    log = -0.5 * (grid - mean) ** 2 / variance + log_groups(grid, groups)
+    """Return the weights of the grid's points under N(mean, variance) and the groups, if all prompts are gradual."""
+    return exact_kinds(mean, variance, groups, grid, (1, 0))[: len(grid)]
+
+
+def exact_kinds(mean, variance, groups, grid, mix):
+    """Return the weights of the grid's points twice: for a gradual prompt and for a steep one, sum 1. mix: shares."""
+    both = [
+        np.log(share) - 0.5 * (grid - mean) ** 2 / variance + log_groups(grid, groups, slope)
+        for share, slope in zip(mix, (1, 6), strict=True)
+        if share
+    ]
+    log = np.concatenate([*both, np.full((2 - len(both)) * len(grid), -np.inf)])
     weights = np.exp(log - log.max())
     return weights / weights.sum()
 
@@ -149,9 +167,23 @@ ERRORS = {  # by prior variance: in exact standard deviations, of the exact vari
 }
 
 
+STEEP_ERRORS = {  # if six of ten prompts are steep: there the pass rate rises within a node's distance of the next
+    0.1: (7e-4, 4e-3, 6e-6, 0.14),
+    2.5: (0.17, 0.47, 3.5e-3, 0.095),
+    25.0: (0.35, 0.53, 0.022, 0.061),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variance", ERRORS)
-def test_posterior_and_its_beta_are_those_of_brute_force(variance):
+@pytest.mark.parametrize(
+    ("mix", "variance", "allowed"),
+    [
+        *((GRADUAL_K, variance, allowed) for variance, allowed in ERRORS.items()),
+        *((np.array([0.4, 0.6]), variance, allowed) for variance, allowed in STEEP_ERRORS.items()),
+    ],
+    ids=str,
+)
+def test_posterior_and_its_beta_are_those_of_brute_force(mix, variance, allowed):
     """No evidence, all right, all wrong, fractions, up to 500 samples and prior means of pass rates of 1e-6.
 
     V is the chance of any signal in a group of 4, 8 or 16, here of the Beta. V of the mean pass rate would be 0.5 off.
@@ -160,19 +192,20 @@ def test_posterior_and_its_beta_are_those_of_brute_force(variance):
     for mean, samples, share in CASES:
         deviation = np.sqrt(variance)
         grid = GRID if variance > 1e-3 else np.linspace(mean - 10 * deviation, mean + 10 * deviation, 20001)
-        weights, p = exact(mean, variance, [(share * samples, samples, 0.0)], grid), rate(grid)
-        expected = weights @ grid
-        expected_variance = weights @ (grid - expected) ** 2
+        weights = exact_kinds(mean, variance, [(share * samples, samples, 0.0)], grid, mix)
+        twice, p = np.r_[grid, grid], np.r_[rate(grid), rate(argument(grid, 6))]
+        expected = weights @ twice
+        expected_variance = weights @ (twice - expected) ** 2
         evidence = no_evidence(1).with_visit(np.array([share * samples]), np.array([float(samples)]), 0.0)
-        x, found = posterior(np.array([float(mean)]), np.array([variance]), evidence)
+        x, found = posterior(np.array([float(mean)]), np.array([variance]), evidence, mix)
         assert found.sum() == pytest.approx(1)
         (one,), (two,) = moments(x, found)
         errors = (one - expected) / np.sqrt(expected_variance), two / expected_variance - 1
-        errors += ((found * pass_rate(x)).sum() - weights @ p,)
+        errors += ((found * pass_rate(by_kind(x))).sum() - weights @ p,)
         for size in (4, 8, 16):
-            v = signal_probability(*beta_of(pass_rate(x), found), size)[0]
+            v = signal_probability(*beta_of(pass_rate(by_kind(x)), found), size)[0]
             off = np.abs([*errors, v - weights @ (1 - p**size - (1 - p) ** size)])
-            assert (off < ERRORS[variance]).all(), f"N({mean}, {variance}), {share} of {samples}: {off}"
+            assert (off < allowed).all(), f"N({mean}, {variance}), {share} of {samples}: {off}"
 
 
 def test_beta_has_the_mean_and_variance_it_is_made_of():
@@ -200,13 +233,13 @@ def test_kappa_and_spread_are_each_others_inverse(spread):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("spread", "tolerance"), [(0.4, 0.1), (1.5, 0.2), (4.0, 0.5)])
+@pytest.mark.parametrize("spread", [0.4, 1.5, 4.0])
 @pytest.mark.parametrize("share", [False, True])
-def test_the_fitted_spread_is_that_of_the_data(spread, tolerance, share):
+def test_the_fitted_spread_is_that_of_the_data(spread, share):
     """Steps of 32 new prompts in groups of 8; the score logit is that of each prompt's mean pass rate.
 
-    Measured over 3 seeds after 150 steps: 0.36 to 0.42 for 0.4, 1.42 to 1.52 for 1.5, 3.76 to 3.85 for 4; it starts at
-    2.5, and after 50 steps is nearly there.
+    No prompt is steep. A few steep ones and a smaller spread look alike, so κ counts, which both determine.
+    Measured: 3% to 8% off after 150 steps, 3% to 11% after 50. It starts at a τ² of 2.5.
     """
     rng = np.random.default_rng(1)
     belief, found = believe(share=share, drift=False), []
@@ -214,10 +247,24 @@ def test_the_fitted_spread_is_that_of_the_data(spread, tolerance, share):
         text = rng.normal(0, 1, 32)  # w·φ
         p = rate(text + np.sqrt(spread) * rng.normal(size=32))
         meet(belief, range(32 * now, 32 * now + 32), p, now, rng, score(text, spread))
-        found.append(abs(belief.spread - spread))
-    assert found[-1] < tolerance
-    assert found[49] < 1.5 * tolerance
-    assert belief.kappa == pytest.approx(kappa_of(belief.spread))
+        found.append(abs(belief.kappa / kappa_of(spread) - 1))
+    assert found[-1] < 0.1
+    assert found[49] < 0.15
+    assert belief.mix_K[1] < 0.15
+    assert belief.kappa == pytest.approx(kappa_of(belief.spread, belief.mix_K))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("samples", "visits"), [(8, 1), (1, 8)], ids=["first groups", "revisits"])
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_the_share_of_steep_prompts_is_fitted(share, samples, visits):
+    """960 prompts. A first group of one response cannot tell the kinds, so there only later visits do."""
+    rng, belief = np.random.default_rng(0), believe(share=False, drift=False)
+    x, steep = logit(np.sqrt(0.5)) + 1.2 * rng.normal(size=960), rng.random(960) < share
+    p = np.where(steep, rate(argument(x, 6)), rate(x))
+    for now, part in enumerate(np.split(np.tile(np.arange(960), visits), 30 * visits)):
+        update(belief, [(key, rng.binomial(samples, p[key]), samples) for key in part], now)
+    assert belief.mix_K[1] == pytest.approx(share, abs=0.15)
 
 
 # ── Predictions ──
@@ -537,6 +584,8 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_leaves_the_belief_alon
     with pytest.raises(ValueError, match=r"belief: fields \['surprise', 'vector'\]"):
         belief.load_state_dict(renamed)
     history = {name: value for name, value in state["history"].items() if name != "seen"}
+    with pytest.raises(ValueError, match=r"belief: spread has the shape \(25,\), here it is \(6, 25\)"):
+        belief.load_state_dict(state | {"text_clock": 99.0, "spread": np.zeros(25)})
     with pytest.raises(ValueError, match=r"history: .*'seen'"):
         belief.load_state_dict(state | {"text_clock": 99.0, "history": history})
     fix = r"with 3 text features, here are 0\. .*--depo\.estimator\.mode and --depo\.history\.share"
