@@ -32,10 +32,8 @@ LIVES = [
     ("3", None),
     ("global_step6:ours", "global_step5"),
     ("best_global_step8:between", "global_step8"),
-    ("10", None),
     ("global_step11:theirs", "global_step10"),
     ("17", None),
-    ("18", None),
 ]
 
 
