@@ -85,7 +85,6 @@ def live(folder: Path, encoder: str, end: str | None = None, delay: float = 0.0)
                 assert process.wait() == 0, "".join(lines)[-5000:]
                 assert end is None, f"the life that was to end at {end} came to its own end"
         finally:
-            process.kill()  # OpenRLHF's side first: if it sees the estimator die, it saves its checkpoint without ours
             kill({cpu_ray.MARK: mark})
             process.wait()
     return Life("".join(lines))

@@ -1,6 +1,7 @@
 """Launches of the real stack (Ray, DeepSpeed, vLLM, OpenRLHF) with the quickstart's tiny model."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -99,14 +100,17 @@ def launch_on(env: dict[str, str], out: Path, flags: list[str], on_line=lambda l
 
 
 def kill(env: dict[str, str]) -> None:
-    """End every process of the run by SIGKILL, driver and Ray's included; env: as cpu_ray.ray_head gives it."""
+    """End every process of the run by SIGKILL, driver and Ray's included; env: as cpu_ray.ray_head gives it.
+
+    All are stopped first, so that none sees another one die and still does something.
+    """
     mark, sessions, pids = env[cpu_ray.MARK], {-1}, True
     while pids:  # also those that were starting meanwhile
         pids = {pid for session in sessions for pid in cpu_ray.own_processes(mark, session)}
-        for pid in pids:
+        for sign, pid in itertools.product((signal.SIGSTOP, signal.SIGKILL), pids):
             with contextlib.suppress(ProcessLookupError):
                 sessions.add(os.getsid(pid))
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, sign)
 
 
 def client_states(out: Path, tag: str) -> dict:
