@@ -29,12 +29,11 @@ python=$(CDPATH='' cd scripts/quickstart && "$venv/bin/python" -c 'import cpu_ra
 if [ $# -gt 0 ]; then exec "$python" -m pytest "$@"; fi
 say "Unit tests (one minute)"
 "$python" -m pytest tests/unit -m "not wheel and not slow" -n auto --maxprocesses 4 --dist worksteal
-# The launches need DeepSpeed's operators. They are compiled beside the next tests, which wait for other processes a lot,
-# so that one more of them than there are cores runs at a time.
+# The launches need DeepSpeed's operators. They are compiled beside the next tests, which wait for other processes a lot.
 (cd scripts/quickstart && exec "$venv/bin/python" -c 'import cpu_ray; cpu_ray.compile_operators()') &
 compiling=$!
 say "Tests of the real classes, of every release and of processes of our own (ten minutes)"
-"$python" -m pytest tests/unit -m "wheel or slow" -n "$(($(nproc) + 1))" --maxprocesses 5 --dist worksteal
+"$python" -m pytest tests/unit -m "wheel or slow" -n auto --maxprocesses 4 --dist worksteal
 wait "$compiling" || say "DeepSpeed's operators were not compiled ahead: the first launch does it"
 say "Launches of the real stack (half an hour)"
 exec "$python" -m pytest tests/e2e -n 2
