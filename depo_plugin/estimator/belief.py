@@ -287,13 +287,13 @@ class Belief:
         self._spread_log_ST += mixed(log_KTB, MIX_SK).sum(-1)
 
     def _fit_steep(self, x_BQ, weights_BQ, successes_B, samples_B):
-        """Weigh the candidates for the share of steep prompts by how likely they make the groups of known prompts.
+        """Weigh the candidates for the share of steep prompts by how likely they make these groups of known prompts.
 
-        x_BQ, weights_BQ: what was believed of x, x_BQ with the ability of now.
+        x_BQ, weights_BQ: what was believed of x, x_BQ with the ability of now. A prompt's earlier groups are given.
+        They are all that the filter knew of it, so the filter's choice of prompts does not bias the share.
         """
-        log_KB = np.log(
-            np.maximum(kinds(weights_BQ) / self.mix_K, LEAST_WEIGHT)
-        ).T  # of earlier groups, but for a factor
+        # How likely each kind made the earlier groups, up to a factor that is the same for all candidates.
+        log_KB = np.log(np.maximum(kinds(weights_BQ) / self.mix_K, LEAST_WEIGHT)).T
         log_SB = mixed(log_KB + predictive_by_kind(x_BQ, weights_BQ, successes_B, samples_B), MIX_SK)
         self._spread_log_ST *= GROUPS_KEPT ** len(successes_B)
         self._spread_log_ST += (log_SB - mixed(log_KB, MIX_SK)).sum(1)[:, None]
@@ -302,9 +302,8 @@ class Belief:
         """Weigh the candidates for keep by how likely they make these groups, given the prompts' earlier ones."""
         self._keep_log_K *= KEEP_KEPT
         for k, keep in enumerate(KEEPS_K):
-            x_BQ, weights_BQ = posterior(
-                mean_B, variance_B + self.spread, self._history.evidence(keys_B, now, keep), self.mix_K
-            )
+            known = self._history.evidence(keys_B, now, keep)
+            x_BQ, weights_BQ = posterior(mean_B, variance_B + self.spread, known, self.mix_K)
             log_B = predictive(x_BQ + ability_B[:, None], weights_BQ, successes_B, samples_B)
             self._keep_log_K[k] += log_B.sum()
 
