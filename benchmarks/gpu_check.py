@@ -31,10 +31,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import BertConfig, BertModel
 
+from benchmarks.estimator import ANSWER, GROUP, WORDS, labels_of
 from depo_plugin.estimator import checkpoint
 from depo_plugin.estimator.encoder import bundled_encoder
 from depo_plugin.estimator.estimator import DifficultyEstimator
-from depo_plugin.messages import Label
 from depo_plugin.settings.config import load_config
 
 MODES = ("frozen", "finetune")
@@ -45,13 +45,8 @@ PARTS = (  # backend and sections of each child process; a later one reads what 
     ("deepspeed", ("speed", "memory", "agreement", "checkpoint")),
 )
 PART_LIMIT_S = {"cuda": 150, "cpu": 600}  # of one child process; on a CPU, DeepSpeed compiles on its first use
-GROUP, SEED, STEPS, ANSWER = 8, 0, 5, "x"
+SEED, STEPS = 0, 5
 SHORT, LONG = 300, 2_000  # characters of a prompt
-WORDS = (
-    "the a number of find such that if and then sum circle how many points let be real positive probability value "
-    "function prime divide by seven side area what is smallest largest each box contains red blue balls train leaves "
-    "station at speed hour cost apples sold total remaining"
-).split()
 # Largest difference of any predicted pass rate after STEPS updates. Rounding differs between devices and grows with
 # each AdamW step; the scores themselves move by more than MOVED.
 DEVICE_LIMIT, BACKEND_LIMIT, BF16_LIMIT, LOADED_LIMIT, MOVED = 5e-3, 1e-3, 5e-2, 1e-3, 2e-2
@@ -94,7 +89,7 @@ QUICK = Sizes(
 )
 
 
-# ── Prompts, labels, encoder ──
+# ── Prompts, encoder ──
 
 
 def prompts_of(count: int, chars: int, use: int) -> list[str]:
@@ -102,12 +97,6 @@ def prompts_of(count: int, chars: int, use: int) -> list[str]:
     rng = np.random.default_rng([chars, use])
     texts = (f"{use}.{i}: {' '.join(rng.choice(WORDS, chars // 2))}" for i in range(count))
     return [text[:chars] for text in texts]
-
-
-def labels_of(prompts: list[str]) -> list[Label]:
-    """Return one group for each prompt, with every pass rate in turn."""
-    rates = [i % (GROUP + 1) / GROUP for i in range(len(prompts))]
-    return [Label(x, ANSWER, y, 0.5, GROUP, 0 < y < 1) for x, y in zip(prompts, rates, strict=True)]
 
 
 def random_bert(folder: Path, settings: dict) -> None:
