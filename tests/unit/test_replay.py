@@ -518,7 +518,7 @@ def test_reward_unfiltered_is_the_streams_true_mean_where_the_filtered_one_is_no
         method._learner.judge = lambda labels: rows.append(judged(labels).metrics)
         return method
 
-    pool = make_pool(size=300, steps=80, spread=2.5)
+    pool = make_pool(size=300, steps=160, spread=2.5)
     hard = pool.logit_N - 2.0
     pool = world.Pool("hard", pool.prompts, hard, pool.text_N - 2.0, pool.noise, 0.5, pool.steps, pool.batch)
     overrides = {"estimator.model": tiny_encoder.write(tmp_path / "encoder"), "filter.epsilon": 0.1}
@@ -529,7 +529,7 @@ def test_reward_unfiltered_is_the_streams_true_mean_where_the_filtered_one_is_no
     faded = [0.9 ** np.arange(i, -1, -1) * scanned[: i + 1] for i in range(len(true))]
     expected = np.array([np.average(true[: len(part)], weights=part) for part in faded])[judged]
     found, filtered = found[judged], filtered[judged]
-    assert len(found) == 60
+    assert len(found) == 140
     error = np.std(found - expected) * np.sqrt(19 / len(found))
     assert error < 0.01
     assert np.mean(found) == pytest.approx(np.mean(expected), abs=3 * error)
