@@ -155,18 +155,22 @@ class Belief:
         """Return visits_B float64: in how many updates each prompt was learned from."""
         return self._history.evidence(np.asarray(keys, np.uint64), now, 1.0).visits
 
-    def update(self, keys: list[int], s_B, text_BF, successes_B, samples_B, now: int, visited: bool = True) -> None:
+    def update(
+        self, keys: list[int], s_B, text_BF, successes_B, samples_B, now: int, prior: float | None = None
+    ) -> None:
         """Learn from one step's groups: first the ability, then these prompts' own evidence, then the text weights.
 
-        successes_B: y·n, may be fractional; samples_B: n. A prompt may occur twice. visited: whether these are groups
-        of this run, so that they count as visits. Other arguments as in predict().
+        successes_B: y·n, may be fractional; samples_B: n. A prompt may occur twice. prior: None for groups of this
+        run; for another run's, the share of their responses that counts as evidence. Those are no visits, and a
+        prompt's first groups of this run teach the text in their place. Other arguments as in predict().
         """
         keys_B, first_B, group_B = np.unique(np.asarray(keys, np.uint64), return_index=True, return_inverse=True)
         features_BF = self._features(s_B, text_BF)[first_B]
-        successes_B, samples_B = np.bincount(group_B, successes_B), np.bincount(group_B, samples_B)
+        counts_BC = np.c_[np.bincount(group_B, successes_B), np.bincount(group_B, samples_B)]
+        successes_B, samples_B = ((1.0 if prior is None else prior) * counts_BC).T
         before = self._history.evidence(keys_B, now, self.keep)
         if self._cfg.kappa == "inf" and not (self._cfg.share or self._cfg.drift):  # as in the paper: only text counts
-            self._history.put(keys_B, before._replace(visits=before.visits + visited), now)
+            self._history.put(keys_B, before._replace(visits=before.visits + (prior is None)), now)
             return
         new_B = before.samples.sum(1) == 0
         known_B = self._own(before).samples.sum(1) > 0  # none if kappa is inf
@@ -186,18 +190,21 @@ class Belief:
         if self._cfg.discount == "fit" and known_B.any():
             told = (keys_B, mean_B, variance_B, ability_B, successes_B, samples_B)
             self._fit_keep(now, *(part[known_B] for part in told))
-        after = before.with_visit(successes_B, samples_B, ability_B)._replace(visits=before.visits + visited)
+        after = before.with_visit(successes_B, samples_B, ability_B)._replace(visits=before.visits + (prior is None))
         site_mean_B, site_precision_B = site(mean_B, variance_B + self.spread, after, self.mix_K)
-        self._fit_spread((mean_B + ability_B)[new_B], variance_B[new_B], successes_B[new_B], samples_B[new_B])
-        if self._cfg.share and new_B.any():
-            if self.features:
-                self._fit_weights(features_BF[new_B], ability_B[new_B], successes_B[new_B], samples_B[new_B])
+        if new_B.any():  # with all counts of another run: fractions of a response would say that all prompts are alike
+            self._fit_spread((mean_B + ability_B)[new_B], variance_B[new_B], *counts_BC[new_B].T)
+            if self._cfg.share and self.features:
+                self._fit_weights(features_BF[new_B], ability_B[new_B], *counts_BC[new_B].T)
+        taught_B = before.visits == 0
+        if self._cfg.share and taught_B.any():
             precision_B = 1 / (1 / site_precision_B + self.spread)
-            self._learn_text(features_BF[new_B], site_mean_B[new_B], precision_B[new_B], float(new_B.mean()))
+            site_B = site_mean_B[taught_B], precision_B[taught_B]
+            self._learn_text(features_BF[taught_B], *site_B, before.of(taught_B), float(taught_B.mean()))
             values = site_mean_B, precision_B, features_BF[:, 0], np.full(len(keys_B), self._text_clock)
             added = dict(zip(SITE, values, strict=True))
-            # New prompts take up the site that was added for them; the others keep theirs.
-            after = after._replace(**{name: np.where(new_B, added[name], getattr(before, name)) for name in SITE})
+            # These prompts take up the site that was added for them; the others keep theirs.
+            after = after._replace(**{name: np.where(taught_B, added[name], getattr(before, name)) for name in SITE})
         self._history.put(keys_B, after, now)
 
     # ── The text ──
@@ -231,18 +238,25 @@ class Belief:
         error_B = known.site_mean - then_BF @ self._weights_F
         return mean_B - site_B * shared_B * error_B / left_B, variance_B + site_B * shared_B**2 / left_B
 
-    def _learn_text(self, features_BF, mean_B, precision_B, share: float):
-        """Add the sites of new prompts to the regression; older evidence fades. share: new prompts / all in the batch.
+    def _learn_text(self, features_BF, mean_B, precision_B, before: Evidence, share: float):
+        """Add the sites of prompts' first groups to the regression; older evidence fades.
 
+        before: what was known of these prompts. A site that another run's rates left is removed: it is in the new one.
+        share: such prompts / all in the batch.
         A prompt that is met again adds nothing. The filter kept it because of its earlier groups, so it says little
         about prompts that were never met. When all groups counted, the text's R² fell from 0.6 to 0.2 in a replay.
         """
         self._text_clock += share
         self._information_FF *= TEXT_KEPT**share
         self._vector_F *= TEXT_KEPT**share
+        old_B = before.site_precision * TEXT_KEPT ** (self._text_clock - before.site_at)
+        self._add_sites(_with_score(features_BF, before.site_score), before.site_mean, -old_B)
+        self._add_sites(features_BF, mean_B, precision_B)
+        self._solve()
+
+    def _add_sites(self, features_BF, mean_B, precision_B):
         self._information_FF += (features_BF * precision_B[:, None]).T @ features_BF
         self._vector_F += features_BF.T @ (precision_B * mean_B)
-        self._solve()
 
     def _solve(self):
         """Compute the weights' mean and covariance from their prior and the sites added so far."""

@@ -80,9 +80,10 @@ class DifficultyEstimator:
         for start in range(0, len(known), PRIOR_BATCH):
             batch = known[start : start + PRIOR_BATCH]
             keys = [prompt_key(one.prompt, one.label) for one in batch]
-            n_B = self._cfg.history.prior_weight * np.array([one.n for one in batch])
-            y_B = np.array([one.pass_rate for one in batch])
-            self.belief.update(keys, *self._text([one.prompt for one in batch]), y_B * n_B, n_B, 0, visited=False)
+            n_B = np.array([one.n for one in batch])
+            k_B = np.array([one.pass_rate for one in batch]) * n_B
+            text, weight = self._text([one.prompt for one in batch]), self._cfg.history.prior_weight
+            self.belief.update(keys, *text, k_B, n_B, 0, prior=weight)
 
     # ── What the loader asks ──
 

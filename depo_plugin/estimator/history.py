@@ -35,6 +35,10 @@ class Evidence(NamedTuple):
     site_at: np.ndarray  # (B,) the text clock of belief.py when it was added
     visits: np.ndarray  # (B,) updates that learned from their groups; never faded
 
+    def of(self, chosen_B: np.ndarray) -> "Evidence":
+        """Return the evidence about some of the prompts. chosen_B: bool, or indices."""
+        return Evidence(*(array[chosen_B] for array in self))
+
     def with_visit(self, successes_B, samples_B, ability_B) -> "Evidence":
         """Return the evidence with one more visit: two neighbours merge, empty ones or those of nearest ability.
 

@@ -391,6 +391,34 @@ def test_a_prompt_that_is_met_again_teaches_of_itself_alone():
     assert rates(twice, [1], now=2, s=[1.5]) == pytest.approx(rates(once, [1], now=2, s=[1.5]), abs=1e-3)
 
 
+def test_another_runs_rates_count_in_part_but_show_in_full_how_prompts_differ():
+    """With a quarter of its responses as evidence, a prompt of one model says as much about τ² as with all."""
+    part, whole = (believe(share=False, drift=False) for _ in range(2))
+    groups = [(key, 3 * (key % 2), 3) for key in range(64)]
+    keys, s, text = texts(part, range(64), None, None)
+    part.update(keys, s, text, *np.array([group[1:] for group in groups], float).T, 0, prior=0.25)
+    update(whole, groups)
+    assert (part.spread, *part.mix_K) == (whole.spread, *whole.mix_K)
+    assert part.spread > 2.5
+    assert part.visits(keys, 0).tolist() == [0] * 64
+    assert 0.5 < rates(part, [1])[0] < rates(whole, [1])[0]
+
+
+def test_a_prompts_own_first_group_teaches_the_text_in_place_of_another_runs():
+    """2 of another run's responses were wrong, 8 of this run's right: the text is taught once, by 8 of 10."""
+    belief, once = (believe(2, kappa=4.0, drift=False, discount=1.0) for _ in range(2))
+    text = np.array([[1.0, 0]])
+    belief.update(*texts(belief, [1], None, text), np.zeros(1), np.full(1, 8.0), 0, prior=0.25)
+    assert rates(belief, [2], text=text) < 0.45
+    update(belief, [(1, 8, 8)], text=text)
+    update(once, [(1, 8, 10)], text=text)
+    for name in ("information", "vector"):
+        np.testing.assert_allclose(belief.state_dict()[name], once.state_dict()[name], rtol=0.03, atol=0.02)
+    taught = belief.state_dict()["information"]
+    update(belief, [(1, 0, 8)], 1, text=text)
+    np.testing.assert_array_equal(belief.state_dict()["information"], taught)
+
+
 @pytest.mark.slow
 def test_what_the_text_has_learned_fades_as_it_is_replaced():
     """By 0.998 a batch of new prompts: 100 of one new prompt each, and 100 of a new one and an old one, leave 0.74."""
