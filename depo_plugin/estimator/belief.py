@@ -230,13 +230,17 @@ class Belief:
             return features_BF[:, 0].copy(), np.zeros(len(features_BF))
         mean_B = features_BF @ self._weights_F
         variance_B = np.einsum("bf,bf->b", features_BF @ self._covariance_FF, features_BF)
-        site_B = known.site_precision * TEXT_KEPT ** (self._text_clock - known.site_at)
-        then_BF = _with_score(features_BF, known.site_score)
+        then_BF, site_B = self._site_left(features_BF, known)
         side_BF = then_BF @ self._covariance_FF
         shared_B = np.einsum("bf,bf->b", side_BF, features_BF)
         left_B = np.maximum(1 - site_B * np.einsum("bf,bf->b", side_BF, then_BF), CAVITY_MIN)
         error_B = known.site_mean - then_BF @ self._weights_F
         return mean_B - site_B * shared_B * error_B / left_B, variance_B + site_B * shared_B**2 / left_B
+
+    def _site_left(self, features_BF, known: Evidence) -> tuple[np.ndarray, np.ndarray]:
+        """Return the features that prompts' sites were added with, and what is left of the sites' precisions, (B,)."""
+        left_B = known.site_precision * TEXT_KEPT ** (self._text_clock - known.site_at)
+        return _with_score(features_BF, known.site_score), left_B
 
     def _learn_text(self, features_BF, mean_B, precision_B, before: Evidence, share: float):
         """Add the sites of prompts' first groups to the regression; older evidence fades.
@@ -249,8 +253,8 @@ class Belief:
         self._text_clock += share
         self._information_FF *= TEXT_KEPT**share
         self._vector_F *= TEXT_KEPT**share
-        old_B = before.site_precision * TEXT_KEPT ** (self._text_clock - before.site_at)
-        self._add_sites(_with_score(features_BF, before.site_score), before.site_mean, -old_B)
+        then_BF, old_B = self._site_left(features_BF, before)
+        self._add_sites(then_BF, before.site_mean, -old_B)
         self._add_sites(features_BF, mean_B, precision_B)
         self._solve()
 

@@ -51,7 +51,7 @@ def by_kind(x_BQ: np.ndarray) -> np.ndarray:
 
 
 def log_odds(p: np.ndarray | float) -> np.ndarray:
-    """Return the x of a pass rate, the inverse of pass_rate(). p in (0, 1)."""
+    """Return the x of a pass rate: the inverse of pass_rate(). p in (0, 1)."""
     root = np.sqrt(p)
     return np.log(root) - np.log1p(-root)
 
@@ -110,7 +110,7 @@ def _nodes(mean_B, variance_B, evidence: Evidence, slope: float) -> tuple[np.nda
     precision_B = 1 / variance_B
     failures_BV = evidence.samples - evidence.successes
 
-    def likelihood(x_B):
+    def derivatives(x_B):
         first_BV, second_BV = slopes(steeper(x_B[:, None] + evidence.ability, slope), evidence.successes, failures_BV)
         return slope * first_BV.sum(1), slope**2 * second_BV.sum(1)
 
@@ -119,14 +119,14 @@ def _nodes(mean_B, variance_B, evidence: Evidence, slope: float) -> tuple[np.nda
     high_B = np.maximum(mean_B, middle_BV.max(1) + FLAT / slope)
     mode_B, step_B = mean_B, high_B - low_B
     for _ in range(40):
-        slope_B, curvature_B = likelihood(mode_B)
+        slope_B, curvature_B = derivatives(mode_B)
         slope_B = slope_B - (mode_B - mean_B) * precision_B
         low_B, high_B = np.where(slope_B > 0, mode_B, low_B), np.where(slope_B < 0, mode_B, high_B)
         newton_B = slope_B / (curvature_B + precision_B)
         good_B = (mode_B + newton_B >= low_B) & (mode_B + newton_B <= high_B) & (abs(newton_B) <= 0.5 * abs(step_B))
         step_B = np.where(good_B, newton_B, 0.5 * (low_B + high_B) - mode_B)
         mode_B = mode_B + step_B
-    width_B = 1 / np.sqrt(likelihood(mode_B)[1] + precision_B)
+    width_B = 1 / np.sqrt(derivatives(mode_B)[1] + precision_B)
     x_BQ = mode_B[:, None] + width_B[:, None] * NODES
     log_BQ = np.log(width_B)[:, None] - 0.5 * precision_B[:, None] * (x_BQ - mean_B[:, None]) ** 2
     for visit in range(VISITS):

@@ -112,12 +112,9 @@ def exact(mean, variance, groups, grid=GRID):
 
 def exact_kinds(mean, variance, groups, grid, mix):
     """Return the weights of the grid's points twice: for a gradual prompt and for a steep one, sum 1. mix: shares."""
-    both = [
-        np.log(share) - 0.5 * (grid - mean) ** 2 / variance + log_groups(grid, groups, slope)
-        for share, slope in zip(mix, (1, 6), strict=True)
-        if share
-    ]
-    log = np.concatenate([*both, np.full((2 - len(both)) * len(grid), -np.inf)])
+    near = -0.5 * (grid - mean) ** 2 / variance
+    with np.errstate(divide="ignore"):  # a share of 0: no weight at all
+        log = np.concatenate([np.log(mix[k]) + near + log_groups(grid, groups, (1, 6)[k]) for k in (0, 1)])
     weights = np.exp(log - log.max())
     return weights / weights.sum()
 

@@ -106,7 +106,7 @@ def test_a_run_that_starts_from_another_runs_scores_predicts_better_from_the_fir
     for _ in range(4):
         warm.learn(labels_of(0.5 * RATES))
     scores = warm.score(PROMPTS, ["l"] * 40)
-    assert np.abs(scores.a / (scores.a + scores.b) - 0.5 * RATES).mean() < 0.12
+    assert np.abs(scores.a / (scores.a + scores.b) - 0.5 * RATES).mean() < 0.11
     assert warm.updates == 4
 
 
@@ -127,12 +127,13 @@ def test_the_weight_of_the_prior_is_how_much_it_counts(scored, encoder):
 @pytest.mark.slow
 def test_a_checkpoint_with_a_prior_goes_on_without_reading_it_again(scored, encoder, tmp_path):
     _, out, _ = scored
-    warm = made(encoder, **{"history.prior": str(out)})
+    fp32 = {"estimator.dtype": "fp32"}
+    warm = made(encoder, **fp32, **{"history.prior": str(out)})
     warm.learn(labels_of(RATES))
-    again = made(encoder)
+    again = made(encoder, **fp32)
     again.load_state_dict(warm.state_dict())
     for one, other in zip(warm.score(PROMPTS, ["l"] * 40)[:2], again.score(PROMPTS, ["l"] * 40)[:2], strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5)  # embedded in another batch: other last bits
+        np.testing.assert_allclose(one, other, rtol=1e-6)  # embedded in another batch: other last bits
 
 
 @pytest.mark.parametrize(
