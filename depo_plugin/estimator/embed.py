@@ -3,7 +3,7 @@
 Suffixes: B = prompts, T = tokens of the longest one.
 """
 
-import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ GROWTH, SLACK = 1.125, 8  # a micro-batch's longest prompt: at most 1.125 times 
 # GPU the policy and vLLM need the memory.
 KEPT_BYTES = {"cpu": 6 << 30, "cuda": 1 << 30}
 UNIT_BYTES = 68  # bytes of activations per token, layer and unit of width (measured with MiniLM, both precisions)
-GAIN = 1.25  # bf16 must be faster by this factor, or the noise of a busy machine would decide
-PROBE_SECONDS, PROBE_RUNS = 0.7, 3  # limits of the measurement in fastest_dtype
 READ_CHARS = 64  # characters of a prompt's end that are tokenized, per token of max_length: far more than a token has
-PROBE_PROMPTS, PROBE_TOKENS = {"cpu": 4, "cuda": 64}, 128  # with fewer, bf16 is not at its full speed
+CPU_INFO = Path("/proc/cpuinfo")
 
 
 def tokenize(tokenizer, prompts: list[str], max_length: int) -> list[list[int]]:
@@ -81,30 +79,16 @@ def embed(encoder: torch.nn.Module, input_ids: torch.Tensor, attention_mask: tor
     return pool(encoder, input_ids, attention_mask).float()
 
 
-def fastest_dtype(encoder: torch.nn.Module, device: torch.device, max_length: int) -> str:
-    """Return "bf16" if this encoder is clearly faster in it on this device, else "fp32".
+def fastest_dtype(device: torch.device) -> str:
+    """Return "bf16" if this CPU or GPU has instructions for it, else "fp32", which is several times faster there.
 
-    max_length: tokens of a prompt. CPUs without bf16 instructions are several times slower in bf16 than in fp32: there
-    it takes about a second, elsewhere less.
+    Nothing is measured: on a busy machine two runs, or a run and `depo embed`, would not always choose the same, and
+    share no embeddings then.
     """
-    best = {"fp32": float("inf"), "bf16": float("inf")}
-    end = time.perf_counter() + PROBE_SECONDS
-    for _ in range(PROBE_RUNS):
-        for dtype in best:
-            best[dtype] = min(best[dtype], probe_seconds(encoder, device, min(max_length, PROBE_TOKENS), dtype))
-        if time.perf_counter() > end:
-            break
-    return "bf16" if best["bf16"] * GAIN < best["fp32"] else "fp32"
-
-
-def probe_seconds(encoder: torch.nn.Module, device: torch.device, tokens: int, dtype: str) -> float:
-    """Return the seconds of one small forward pass; infinity if it fails or its result is not finite."""
-    shape = PROBE_PROMPTS[device.type], tokens
-    ids = torch.arange(shape[0] * tokens, device=device).view(shape) % encoder.config.vocab_size
-    start = time.perf_counter()
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     try:
-        with torch.no_grad(), autocast(device, dtype):
-            fine = bool(embed(encoder, ids, torch.ones_like(ids)).isfinite().all())  # also waits for the GPU
-    except RuntimeError:
-        return float("inf")
-    return time.perf_counter() - start if fine else float("inf")
+        flags = CPU_INFO.read_text()
+    except OSError:  # not Linux
+        return "fp32"
+    return "bf16" if "bf16" in flags else "fp32"  # avx512_bf16, amx_bf16; on ARM bf16

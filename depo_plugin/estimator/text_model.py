@@ -84,8 +84,7 @@ class TextModel:
         self._digest = weights_digest(self._encoder) if self._frozen else None
         self._warm = False  # whether prompts were embedded before: the first call takes longer
         self._speeds: deque[float] = deque(maxlen=3)  # characters of new prompts a second, of the last calls
-        dtype = cfg.dtype
-        self._use(embed.fastest_dtype(self._encoder, self.device, self._max_length) if dtype == "auto" else dtype)
+        self._use(embed.fastest_dtype(self.device) if cfg.dtype == "auto" else cfg.dtype)
 
     def _use(self, dtype: str) -> None:
         """Compute in this precision from now on, with the embeddings that were made in it."""

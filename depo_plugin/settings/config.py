@@ -120,7 +120,9 @@ class EstimatorConfig:
         None, "padded tokens per forward pass (none: 1024 on a CPU, 8192 on a GPU)", or_none(integer(1))
     )
     dtype: str = setting(
-        "auto", "precision of the encoder (auto: the faster one on this machine)", choice("auto", "fp32", "bf16")
+        "auto",
+        "precision of the encoder (auto: bf16 if the CPU or GPU has instructions for it)",
+        choice("auto", "fp32", "bf16"),
     )
     num_gpus: float = setting(0.0, "share of one GPU for the estimator (0: CPU)", FRACTION)
     num_cpus: int = setting(1, "CPU cores that Ray reserves for the estimator", integer(1))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from depo_plugin.estimator import backends, embed, text_model
-from depo_plugin.estimator.encoder import load_encoder
 from depo_plugin.estimator.text_model import Targets
 
 CPU = torch.device("cpu")
@@ -138,26 +137,19 @@ def test_bf16_computes_the_encoder_in_bf16_and_the_rest_in_fp32(either):
 
 
 @pytest.mark.parametrize(
-    ("fp32", "bf16", "expected"), [(1.0, 0.5, "bf16"), (1, 3, "fp32"), (1, 0.9, "fp32"), (1, float("inf"), "fp32")]
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 vaes", "bf16"),
+        ("Features\t: fp asimd svei8mm bf16 dgh", "bf16"),
+        ("flags\t\t: fpu avx512f avx512_vnni avx512_fp16", "fp32"),
+        (None, "fp32"),
+    ],
 )
-def test_auto_takes_the_clearly_faster_one(folder, monkeypatch, fp32, bf16, expected):
-    seconds = {"fp32": [9.0, fp32, 9.0], "bf16": [9.0, bf16, 9.0]}  # the fastest of three counts
-    monkeypatch.setattr(embed, "probe_seconds", lambda *inputs: seconds[inputs[-1]].pop())
-    assert embed.fastest_dtype(load_encoder(folder)[0], CPU, 128) == expected
-
-
-def test_the_probe_is_short_and_takes_no_failure_for_speed(folder, monkeypatch):
-    encoder, _ = load_encoder(folder)
-    assert 0 < embed.probe_seconds(encoder, CPU, 128, "bf16") < 1
-    for failure in (lambda *inputs: torch.full((1, 2), float("nan")), lambda *inputs: torch.zeros(2) @ torch.zeros(3)):
-        monkeypatch.setattr(embed, "embed", failure)
-        assert embed.probe_seconds(encoder, CPU, 128, "bf16") == float("inf")
-    assert embed.fastest_dtype(encoder, CPU, 128) == "fp32", "if nothing works"
-    asked = []
-    monkeypatch.setattr(embed, "probe_seconds", lambda *inputs: asked.append(inputs[-1]) or 1.0)
-    monkeypatch.setattr(embed, "PROBE_SECONDS", -1.0)
-    assert embed.fastest_dtype(encoder, CPU, 128) == "fp32", "a draw"
-    assert asked == ["fp32", "bf16"], "one round if the time is up"
+def test_auto_is_bf16_where_the_cpu_has_instructions_for_it(tmp_path, monkeypatch, flags, expected):
+    monkeypatch.setattr(embed, "CPU_INFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    assert embed.fastest_dtype(CPU) == expected
 
 
 def test_the_precision_that_was_chosen_is_kept_over_a_resume(either, monkeypatch, tmp_path):
