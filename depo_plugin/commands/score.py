@@ -54,12 +54,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         asked = list(_asked(args.prompts))
         estimator = DifficultyEstimator.from_checkpoint(args.checkpoint, cfg)
-    except (OSError, ValueError, CheckpointError, EncoderError) as error:
-        print(f"depo score: {error}", file=sys.stderr)
-        return 1
-    try:
         counts = _write(estimator, asked, args.out)
-    except (OSError, EstimatorError) as error:
+    except (OSError, json_lines.LineError, CheckpointError, EncoderError, EstimatorError) as error:
         print(f"depo score: {error}", file=sys.stderr)
         return 1
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())

@@ -3,12 +3,15 @@
 import json
 import math
 import shlex
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from statistics import fmean
 
 import numpy as np
 import pytest
-from stack import HELPERS, SEED, base_flags, client_states, launch, problems, summary
+from reward_func import reward_func
+from stack import HELPERS, SEED, assert_learned, base_flags, client_states, launch, problems, summary
 
 from depo_plugin.estimator import checkpoint
 
@@ -209,27 +212,64 @@ def test_kept_rejected_and_pass_rate_are_told_by_data_source(agent_run):
     assert fmean(rates["can"]) > fmean(rates["cannot"])
 
 
-# ── Synchronous, dynamic filtering after ours, a pool of no whole number of batches, single-sample evaluation ──
+# ── Synchronous, dynamic filtering after ours, a pool of no whole number of batches, single-sample evaluation; rewards
+# from a server ──
 
 POOL_C = 164  # 20 batches and a rest. In a smaller pool the groups thrown away in warm-up would exceed one extra pass
 STEPS_C = POOL_C // BATCH
 
 
+class Grader(BaseHTTPRequestHandler):
+    """Answers as `openrlhf.cli.serve_rm` does: lists, one entry per query."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        graded = reward_func(asked["query"], asked["prompts"], asked["labels"])
+        lists = {name: graded[name].tolist() for name in ("rewards", "scores")}
+        extra = {name: values.tolist() for name, values in graded["extra_logs"].items()}
+        body = json.dumps(lists | {"extra_logs": extra}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+class Server(ThreadingHTTPServer):
+    """Takes the connections of a whole batch at once."""
+
+    request_queue_size = 4 * BATCH * GROUP
+
+
 @pytest.fixture(scope="module")
 def filtered_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("filtered")
-    run = launch(
-        out,
-        flags(
+    with Server(("127.0.0.1", 0), Grader) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEPO_REWARD_LOG", str(out / "rollouts.jsonl"))  # of the server, which is in this process
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run = launch(
             out,
-            POOL_C,
-            "--algo.dynamic_filtering_enable --depo.advantage.base rloo --depo.filter.epsilon 0.1",
-            "--train.num_episodes 1",
-            "--eval.steps 4 --eval.n_samples_per_prompt 1 --ckpt.save_steps 1 --ckpt.max_num 99",
-        ),
-    )
+            flags(
+                out,
+                POOL_C,
+                "--algo.dynamic_filtering_enable --depo.advantage.base rloo --depo.filter.epsilon 0.1",
+                f"--train.num_episodes 1 --reward.remote_url http://127.0.0.1:{server.server_port}/get_reward",
+                "--eval.steps 4 --eval.n_samples_per_prompt 1 --ckpt.save_steps 1 --ckpt.max_num 99",
+            ),
+        )
+        server.shutdown()
     assert run.status == 0, run.output[-5000:]
     return run
+
+
+def test_a_reward_server_that_answers_with_lists_trains_and_teaches(filtered_run):
+    assert_learned(filtered_run, STEPS_C)
+    made = sum(row["depo/kept"] for row in filtered_run.metrics)
+    assert made > STEPS_C * BATCH, "also from the groups that were thrown away"
+    assert all(0 < row["rollout/reward_mean"] < 1 for row in filtered_run.steps)
 
 
 def test_dynamic_filtering_after_ours_trains_full_batches_of_groups_with_signal(filtered_run):

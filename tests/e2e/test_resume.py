@@ -17,7 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_encoder
-from stack import BATCH, GROUP, HELPERS, SEED, base_flags, client_states, cpu_ray, kill, launch, problems
+from stack import (
+    BATCH,
+    GROUP,
+    HELPERS,
+    SEED,
+    WITH_QUICKSTART,
+    base_flags,
+    client_states,
+    cpu_ray,
+    kill,
+    launch,
+    problems,
+)
 
 from benchmarks.soak import PromptStream, batches_of, places
 from depo_plugin.estimator import checkpoint
@@ -190,8 +202,8 @@ WARMUP = ["--depo.filter.warmup_steps", "2"]
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(tmp_path_factory):
-    """A launch that was killed after step 6, when the estimator was saved and the policy was not; the next one; and
-    what OpenRLHF had saved of its loop in between."""
+    """A launch that was killed after step 6, when the estimator was saved and the policy was not; the next one, with
+    the estimator in a DeepSpeed engine; and what OpenRLHF had saved of its loop in between."""
     folder = tmp_path_factory.mktemp("lives")
     out, root = folder / "killed", folder / "killed" / "checkpoints"
     settings = [*SETTINGS, *WARMUP, "--ckpt.path", str(root)]
@@ -200,7 +212,8 @@ def killed_and_resumed(tmp_path_factory):
     assert (root / "_actor" / "latest").read_text() == "global_step3"
     assert tags(root / "depo") == {"global_step3", "global_step6"}
     saved = client_states(out, "global_step3")
-    resumed = launch(folder / "resumed", base_flags(folder / "resumed", *settings, "--ckpt.load_enable"))
+    engine = ["--ckpt.load_enable", "--depo.estimator.num_gpus", "0.5"]
+    resumed = launch(folder / "resumed", base_flags(folder / "resumed", *settings, *engine), num_gpus=3)
     assert resumed.status == 0, resumed.output[-5000:]
     return killed, resumed, saved
 
@@ -215,7 +228,11 @@ def test_the_real_stack_killed_between_both_saves_goes_on_from_the_older_checkpo
     out, root = killed.out, killed.out / "checkpoints"
     assert "DEPO: estimator resumed from global_step3" in resumed.output
     assert [row["step"] for row in resumed.steps] == [*range(4, 11)]
-    assert resumed.metrics[0]["depo/updates"] == saved["global_step"] == 3
+    first, same = resumed.metrics[0], killed.metrics[3]
+    assert first["depo/updates"] == saved["global_step"] == 3
+    for name in ("depo/scanned", "depo/kept", "depo/explored", "depo/forced", "depo/distinct"):
+        assert first[name] == same[name], name  # the decisions of step 4
+    assert first["depo/pred_mean"] == pytest.approx(same["depo/pred_mean"], abs=1e-4)
     for step in (6, 9):
         assert checkpoint.load(root / "depo" / f"global_step{step}")["updates"] == step
         assert client_states(out, f"global_step{step}")["total_consumed_prompts"] == step * BATCH
@@ -233,17 +250,42 @@ def test_the_real_stack_killed_between_both_saves_goes_on_from_the_older_checkpo
     assert again[-1][1] - cursor > 7 * BATCH  # the filter did something
 
 
-def test_depo_is_switched_off_and_on_again_from_launch_to_launch(killed_and_resumed, tmp_path):
-    """Off, with twice the batch, after step 9: OpenRLHF's own loader passes once over the pool in five steps. On again
-    after step 12, in the middle of that pass: the rest of the episode, with what the estimator knew at step 9."""
-    root = shutil.copytree(killed_and_resumed[0].out / "checkpoints", tmp_path / "checkpoints")
+LIGHT = {f"depo_plugin.{name}" for name in ("hooks", "advantage", "rules", "settings")}
+LIGHT |= {f"depo_plugin.settings.{name}" for name in ("config", "value_kinds", "resources", "yaml_io")} | {
+    "depo_plugin"
+}
+
+
+@pytest.fixture(scope="module")
+def switched_off(killed_and_resumed, tmp_path_factory):
+    """The launch that comes next, without the flag and with twice the batch; its checkpoint flags; and a file of each
+    depo_plugin module that one of its processes imported (an audit hook in sitecustomize)."""
+    folder = tmp_path_factory.mktemp("off")
+    spy, seen, out = folder / "spy", folder / "imports.txt", folder / "run"
+    spy.mkdir()
+    (spy / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "def note(event, args):\n"
+        "    if event == 'import' and str(args[0]).startswith('depo_plugin'):\n"
+        f"        with open({str(seen)!r}, 'a') as out: out.write(f'{{os.getpid()}} {{args[0]}}\\n')\n"
+        "sys.addaudithook(note)\n"
+    )
+    root = shutil.copytree(killed_and_resumed[0].out / "checkpoints", folder / "checkpoints")
     settings = [*SETTINGS, "--ckpt.path", str(root), "--ckpt.load_enable"]
     larger = ["--rollout.batch_size", str(2 * BATCH), "--train.batch_size", str(2 * BATCH * GROUP)]
-    off = launch(tmp_path / "off", base_flags(tmp_path / "off", *settings, *larger, method="grpo"))
-    assert off.status == 0, off.output[-5000:]
+    head_env = {"PYTHONPATH": os.pathsep.join([str(spy), WITH_QUICKSTART])}
+    run = launch(out, base_flags(out, *settings, *larger, method="grpo"), head_env=head_env)
+    assert run.status == 0, run.output[-5000:]
+    return run, settings, seen
+
+
+def test_depo_is_switched_off_and_on_again_from_launch_to_launch(switched_off, tmp_path):
+    """Off after step 9: OpenRLHF's own loader passes once over the pool in five steps. On again after step 12, in the
+    middle of that pass: the rest of the episode, with what the estimator, on the CPU again, knew at step 9."""
+    off, settings, _ = switched_off
     assert [row["step"] for row in off.steps] == [*range(10, 15)]
     assert Counter(off.asked) == Counter(GROUP * problems(off.out / "data" / "train.jsonl"))
-    assert not any("depo/keep_rate" in row for row in off.steps)
+    assert not [name for row in off.steps for name in row if name.startswith("depo")]
 
     on = launch(tmp_path / "on", base_flags(tmp_path / "on", *settings, *WARMUP))
     assert on.status == 0, on.output[-5000:]
@@ -252,3 +294,10 @@ def test_depo_is_switched_off_and_on_again_from_launch_to_launch(killed_and_resu
     assert [row["step"] for row in on.steps] == [*range(13, 17)]
     assert on.metrics[0]["depo/updates"] == 9
     assert on.metrics[-1]["depo/keep_rate"] < 1
+
+
+def test_no_process_loads_the_core_without_the_flag(switched_off):
+    """Not even one that takes up a checkpoint of a launch with it."""
+    imports = [line.split() for line in switched_off[2].read_text().splitlines()]
+    assert len({pid for pid, _ in imports}) >= 2  # the driver and the trainer at least: the spy works
+    assert {module for _, module in imports} <= LIGHT

@@ -8,6 +8,7 @@ import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import cpu_ray
 import run as quickstart
@@ -97,6 +98,18 @@ def launch_on(env: dict[str, str], out: Path, flags: list[str], on_line=lambda l
         process.kill()
         steps.close()
     return Launch(out, status, "".join(lines), summary.read_rows(out / "steps.jsonl"))
+
+
+def assert_learned(run: Launch, steps: int) -> None:
+    """Every step was made, every group found its decision and was learned from, and the filter is on."""
+    assert run.status == 0, run.output[-5000:]
+    assert [row["step"] for row in run.metrics] == list(range(1, steps + 1))
+    assert [row["depo/updates"] for row in run.metrics] == list(range(steps))
+    for name in ("depo/unmatched", "depo/clipped", "depo/labels_dropped", "depo/labels_unsent"):
+        assert [row[name] for row in run.metrics] == [0.0] * steps, name
+    assert 0 < fmean(row["depo/target_mean"] for row in run.metrics) < 1
+    assert fmean(row["depo/keep_rate"] for row in run.metrics[3:]) < 1
+    assert "DEPO: " not in "".join(line for line in run.output.splitlines() if "WARNING" in line)
 
 
 def kill(env: dict[str, str]) -> None:

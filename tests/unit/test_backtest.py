@@ -268,6 +268,7 @@ def test_the_command_judges_a_real_log(tmp_path, capsys):
     (rows,) = json.loads((tmp_path / "out.json").read_text()).values()
     assert {"depo", "depo, closed", "share=false", "hindsight", "Beta-binomial, fitted"} <= set(rows)
     assert rows["depo"]["all"]["log_loss"] < rows["running mean"]["all"]["log_loss"]  # the text tells something
+    assert rows["depo, closed"]["all"]["log_loss"] != rows["depo"]["all"]["log_loss"]  # it learned from other groups
     assert rows["Beta(1,1)"]["all"]["log_loss"] == pytest.approx(math.log(2))  # no prompt is met twice
     assert (tmp_path / "out" / "tiny_log.png").stat().st_size > 10_000
 

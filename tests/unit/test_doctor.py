@@ -236,7 +236,7 @@ def test_a_reward_file_that_ends_the_process_is_a_fail(tmp_path):
 @pytest.mark.wheel
 @pytest.mark.slow
 def test_embedding_ahead_that_cannot_be_done_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    """Data that cannot be read; prompts that are no text; a folder that cannot be used, or an encoder."""
+    """Data that cannot be read; prompts that are no text; a folder that cannot be used, or an encoder; no need."""
     launch = nested(
         {
             "data.prompt_probs": None,
@@ -275,6 +275,10 @@ def test_embedding_ahead_that_cannot_be_done_ends_with_one_line(tmp_path, monkey
     )
     status, line = said(fine, model=str(tmp_path / "nowhere"))
     assert (status, line.startswith("depo embed: --depo.estimator.model")) == (1, True)
+    assert said(fine, mode="finetune") == (
+        0,
+        "depo embed: --depo.estimator.mode finetune keeps no embeddings: nothing to do.",
+    )
     assert said(fine) == (0, f"{tmp_path / 'checkpoints' / 'depo_embeddings'}: 1 prompts are embedded")
     launch.data.prompt_dataset = str(tmp_path / "none.jsonl")
     assert main(["embed", "--", "-m", "openrlhf.cli.train_ppo_ray"]) == 1

@@ -471,11 +471,18 @@ def empty_environment(folder):
 
 @pytest.mark.usefixtures("patches")
 def test_the_installed_copy_is_found_behind_others(tmp_path, monkeypatch, capsys):
-    """The current folder and PYTHONPATH come first at a launch; `depo patch` still takes what is installed."""
+    """The current folder and PYTHONPATH come first at a launch; `depo patch` still takes what is installed.
+
+    Its files are links into a package manager's cache, which stays as it is.
+    """
     installed, here, before = empty_environment(tmp_path / "env"), tmp_path / "here", tmp_path / "before"
     for folder in (installed, here, before):
         write(folder, PRISTINE | {"openrlhf/__init__.py": ""})
     write(installed, {"openrlhf-9.9.dist-info/METADATA": "Metadata-Version: 2.1\nName: openrlhf\nVersion: 9.9\n"})
+    write(tmp_path / "cache", PRISTINE | {"openrlhf/__init__.py": ""})
+    for name in [*PRISTINE, "openrlhf/__init__.py"]:
+        (installed / name).unlink()
+        (installed / name).symlink_to(tmp_path / "cache" / name)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "env/bin/python"))
     monkeypatch.setenv("PYTHONPATH", str(before))
     monkeypatch.chdir(here)
@@ -484,7 +491,7 @@ def test_the_installed_copy_is_found_behind_others(tmp_path, monkeypatch, capsys
     assert captured.out.startswith(f"{installed / 'openrlhf'}: OpenRLHF 9.9, patches applied: depo (")
     assert f"imports {here / 'openrlhf'}, not the patched" in captured.err
     assert texts(installed) == expected({"depo"})
-    assert texts(here) == texts(before) == PRISTINE
+    assert texts(here) == texts(before) == texts(tmp_path / "cache") == PRISTINE
 
     assert main(["patch", "--check"]) == 1
     imported, others = capsys.readouterr().out.split("other copies:")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_a_head_that_hangs_or_ends_is_started_anew(tmp_path, monkeypatch, enough
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(cpu_ray, "PYTHON", str(tmp_path / "python"))
     monkeypatch.setattr(cpu_ray, "HEAD_START_S", 2.0)
+    start = time.monotonic()
     if enough:
         with cpu_ray.ray_head(cpu_ray.stack_env()) as env:
             assert env["RAY_ADDRESS"] == "192.0.2.1:6379"
@@ -81,6 +83,7 @@ def test_a_head_that_hangs_or_ends_is_started_anew(tmp_path, monkeypatch, enough
             cpu_ray.ray_head(cpu_ray.stack_env()).__enter__()
     started = [int(line) for line in (tmp_path / "starts").read_text().split()]
     assert len(started) == (3 if enough else 2)
+    assert time.monotonic() - start < 40, "the first was not waited for to its end"
     assert not any(Path(f"/proc/{pid}").exists() for pid in started)
 
 
