@@ -26,6 +26,7 @@ GRADUAL_K = np.array([1.0, 0.0])  # all prompts are gradual
 MIDDLE = -math.log(math.sqrt(2) - 1)  # h, the x of p = 1/2
 KAPPA_RANGE = (1e-6, 200.0)  # of τ² for a fixed kappa
 PRECISION_MIN = 1e-4
+CLOSE = 1e-6  # a mode is found if Newton's step is so short, in the posterior's standard deviations
 FLAT = 40.0  # so far from h the likelihood of any group changes no more
 LEAST_WEIGHT = 1e-300  # so that no logarithm is infinite
 
@@ -105,7 +106,8 @@ def _nodes(mean_B, variance_B, evidence: Evidence, slope: float) -> tuple[np.nda
 
     The density is log-concave. The nodes cover six standard deviations on each side of its mode, which is found by
     Newton's method. A step that leaves the interval around the mode, or is not half as long as the one before, is
-    replaced by halving the interval (Press et al., Numerical Recipes, rtsafe).
+    replaced by halving the interval (Press et al., Numerical Recipes, rtsafe). A mode that is found stays, so that it
+    does not depend on the other prompts of the call.
     """
     precision_B = 1 / variance_B
     failures_BV = evidence.samples - evidence.successes
@@ -117,15 +119,18 @@ def _nodes(mean_B, variance_B, evidence: Evidence, slope: float) -> tuple[np.nda
     middle_BV = MIDDLE - evidence.ability
     low_B = np.minimum(mean_B, middle_BV.min(1) - FLAT / slope)
     high_B = np.maximum(mean_B, middle_BV.max(1) + FLAT / slope)
-    mode_B, step_B = mean_B, high_B - low_B
+    mode_B, step_B, found_B = mean_B, high_B - low_B, np.zeros(len(mean_B), bool)
     for _ in range(40):
         slope_B, curvature_B = derivatives(mode_B)
-        slope_B = slope_B - (mode_B - mean_B) * precision_B
+        slope_B, curvature_B = slope_B - (mode_B - mean_B) * precision_B, curvature_B + precision_B
+        newton_B = slope_B / curvature_B
+        found_B |= newton_B**2 * curvature_B < CLOSE**2
+        if found_B.all():
+            break
         low_B, high_B = np.where(slope_B > 0, mode_B, low_B), np.where(slope_B < 0, mode_B, high_B)
-        newton_B = slope_B / (curvature_B + precision_B)
         good_B = (mode_B + newton_B >= low_B) & (mode_B + newton_B <= high_B) & (abs(newton_B) <= 0.5 * abs(step_B))
         step_B = np.where(good_B, newton_B, 0.5 * (low_B + high_B) - mode_B)
-        mode_B = mode_B + step_B
+        mode_B = np.where(found_B, mode_B, mode_B + step_B)
     width_B = 1 / np.sqrt(derivatives(mode_B)[1] + precision_B)
     x_BQ = mode_B[:, None] + width_B[:, None] * NODES
     log_BQ = np.log(width_B)[:, None] - 0.5 * precision_B[:, None] * (x_BQ - mean_B[:, None]) ** 2

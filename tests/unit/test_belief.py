@@ -12,7 +12,7 @@ from tiny_encoder import assert_same_state
 from depo_plugin.estimator import belief as belief_module
 from depo_plugin.estimator import checkpoint
 from depo_plugin.estimator.belief import Belief
-from depo_plugin.estimator.history import no_evidence
+from depo_plugin.estimator.history import VISITS, no_evidence
 from depo_plugin.estimator.item_response import (
     GRADUAL_K,
     beta_of,
@@ -203,6 +203,21 @@ def test_posterior_and_its_beta_are_those_of_brute_force(mix, variance, allowed)
             v = signal_probability(*beta_of(pass_rate(by_kind(x)), found), size)[0]
             off = np.abs([*errors, v - weights @ (1 - p**size - (1 - p) ** size)])
             assert (off < allowed).all(), f"N({mean}, {variance}), {share} of {samples}: {off}"
+
+
+def test_what_is_believed_of_a_prompt_does_not_depend_on_the_others_of_the_call():
+    rng = np.random.default_rng(5)
+    samples = np.where(rng.random((40, VISITS)) < 0.7, 8.0, 0.0)
+    evidence = no_evidence(40)._replace(
+        successes=samples * rng.beta(0.3, 0.3, samples.shape), samples=samples, ability=rng.normal(0, 1, samples.shape)
+    )
+    mean_B, variance_B, mix = rng.normal(0, 3, 40), np.exp(rng.uniform(-3, 4, 40)), np.array([0.7, 0.3])
+    together = posterior(mean_B, variance_B, evidence, mix)
+    for i in range(40):
+        one = slice(i, i + 1)
+        alone = posterior(mean_B[one], variance_B[one], evidence.of(one), mix)
+        for found, expected in zip(alone, together, strict=True):
+            np.testing.assert_allclose(found, expected[one], rtol=1e-11, atol=1e-300)
 
 
 def test_beta_has_the_mean_and_variance_it_is_made_of():
