@@ -6,6 +6,8 @@ import pytest
 from depo_plugin.estimator import drift
 from depo_plugin.estimator.belief import Belief
 from depo_plugin.estimator.drift import WALKS_K, TextDrift
+from depo_plugin.estimator.history import no_evidence
+from depo_plugin.estimator.item_response import posterior
 from depo_plugin.settings.config import HistoryConfig
 
 
@@ -37,6 +39,24 @@ def test_the_candidates_are_weighed_by_their_likelihood():
     assert 0 < slow < 0.05
     assert fast > 0.5
     assert made.shift(text[:1]) == pytest.approx(fast, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mix", "slope"), [((1.0, 0.0), 1), ((0.0, 1.0), 6)])
+def test_a_change_is_read_by_the_kind_that_the_prompt_has_shown(monkeypatch, mix, slope):
+    """A prompt that is surely gradual, or surely steep, has 6 of 8: against the exact posterior on a grid."""
+    belief, told, mean, variance = Belief(HistoryConfig(), 1), [], 0.2, 2.0
+    monkeypatch.setattr(belief._drift, "learn", lambda *inputs: told.extend(inputs))
+    x_BQ, weights_BQ = posterior(np.array([mean]), np.array([variance]), no_evidence(1), np.array(mix))
+    belief._turn(np.ones((1, 1)), x_BQ, weights_BQ, np.array([6.0]), np.array([8.0]))
+    x, middle = np.linspace(-15, 15, 30001), -np.log(np.sqrt(2) - 1)
+    p = 1 / (1 + np.exp(-middle - slope * (x - middle))) ** 2
+    weights = np.exp(-((x - mean) ** 2) / (2 * variance)) * p**6 * (1 - p) ** 2
+    found = np.average(x, weights=weights)
+    left = np.average((x - found) ** 2, weights=weights)
+    precision = 1 / left - 1 / variance
+    _, change, noise, _ = told
+    assert change == pytest.approx((found / left - mean / variance) / precision - mean, abs=1e-3)
+    assert noise == pytest.approx(1 / precision + variance, rel=1e-3)
 
 
 def families(settings, later, seed=0, steps=60):
