@@ -131,7 +131,7 @@ def _nodes(mean_B, variance_B, evidence: Evidence, slope: float) -> tuple[np.nda
         good_B = (mode_B + newton_B >= low_B) & (mode_B + newton_B <= high_B) & (abs(newton_B) <= 0.5 * abs(step_B))
         step_B = np.where(good_B, newton_B, 0.5 * (low_B + high_B) - mode_B)
         mode_B = np.where(found_B, mode_B, mode_B + step_B)
-    width_B = 1 / np.sqrt(derivatives(mode_B)[1] + precision_B)
+    width_B = 1 / np.sqrt(curvature_B)
     x_BQ = mode_B[:, None] + width_B[:, None] * NODES
     log_BQ = np.log(width_B)[:, None] - 0.5 * precision_B[:, None] * (x_BQ - mean_B[:, None]) ** 2
     for visit in range(VISITS):
