@@ -212,8 +212,8 @@ def killed_and_resumed(tmp_path_factory):
     assert (root / "_actor" / "latest").read_text() == "global_step3"
     assert tags(root / "depo") == {"global_step3", "global_step6"}
     saved = client_states(out, "global_step3")
-    engine = ["--ckpt.load_enable", "--depo.estimator.num_gpus", "0.5"]
-    resumed = launch(folder / "resumed", base_flags(folder / "resumed", *settings, *engine), num_gpus=3)
+    on_a_gpu = [*settings, "--ckpt.load_enable", "--depo.estimator.num_gpus", "0.5"]
+    resumed = launch(folder / "resumed", base_flags(folder / "resumed", *on_a_gpu), num_gpus=3)
     assert resumed.status == 0, resumed.output[-5000:]
     return killed, resumed, saved
 
@@ -250,10 +250,8 @@ def test_the_real_stack_killed_between_both_saves_goes_on_from_the_older_checkpo
     assert again[-1][1] - cursor > 7 * BATCH  # the filter did something
 
 
-LIGHT = {f"depo_plugin.{name}" for name in ("hooks", "advantage", "rules", "settings")}
-LIGHT |= {f"depo_plugin.settings.{name}" for name in ("config", "value_kinds", "resources", "yaml_io")} | {
-    "depo_plugin"
-}
+PARTS = ("settings", *(f"settings.{name}" for name in ("config", "value_kinds", "resources", "yaml_io")))
+LIGHT = {"depo_plugin", *(f"depo_plugin.{name}" for name in ("hooks", "advantage", "rules", *PARTS))}
 
 
 @pytest.fixture(scope="module")

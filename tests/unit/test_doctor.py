@@ -236,7 +236,7 @@ def test_a_reward_file_that_ends_the_process_is_a_fail(tmp_path):
 @pytest.mark.wheel
 @pytest.mark.slow
 def test_embedding_ahead_that_cannot_be_done_ends_with_one_line(tmp_path, monkeypatch, capsys):
-    """Data that cannot be read; prompts that are no text; a folder that cannot be used, or an encoder; no need."""
+    """Data that cannot be read; prompts that are no text; a folder or encoder that cannot be used; mode finetune."""
     launch = nested(
         {
             "data.prompt_probs": None,

@@ -145,7 +145,7 @@ def test_bf16_computes_the_encoder_in_bf16_and_the_rest_in_fp32(either):
         (None, "fp32"),
     ],
 )
-def test_auto_is_bf16_where_the_cpu_has_instructions_for_it(tmp_path, monkeypatch, flags, expected):
+def test_auto_is_bf16_if_the_cpu_has_instructions_for_it(tmp_path, monkeypatch, flags, expected):
     monkeypatch.setattr(embed, "CPU_INFO", tmp_path / "cpuinfo")
     if flags is not None:
         (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
